@@ -1,0 +1,218 @@
+"""The programs: `distexec-agent`, and `distexec` with its subcommands.
+
+Rule: a user's mistake gets one line that says what, where and what to do next, on stderr, and exit code 2; a machine's
+refusal (port taken, no such node) the same with exit code 1. No traceback for either.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import socket
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from . import __version__
+from .address import DEFAULT_PORT, format_address, parse_address, resolve
+from .errors import DistexecError
+from .secretfile import create_secret, load_secret, read_secret, secret_path
+
+if TYPE_CHECKING:
+    from .auth import Secret
+    from .transport import Link
+
+DRAIN_S = 60.0
+"""How long a stopping agent lets running tasks go on, unless told otherwise."""
+
+
+class UsageError(Exception):
+    """The user asked for something that cannot be; its text says what and what to do."""
+
+
+def agent_main(argv: Sequence[str] | None = None) -> int:
+    """Run `distexec-agent`."""
+    return _guarded(_agent_parser(), _run_agent, argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `distexec`."""
+    return _guarded(_parser(), lambda options: int(options.run(options)), argv)
+
+
+def _guarded(parser: argparse.ArgumentParser, run: Any, argv: Sequence[str] | None) -> int:
+    options = parser.parse_args(argv)
+    try:
+        return int(run(options))
+    except (UsageError, ValueError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    except (OSError, DistexecError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+# ---- distexec-agent
+
+
+def _agent_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="distexec-agent", description="Offer this machine's CPUs to ClusterExecutor programs that hold the secret.")
+    parser.add_argument("--listen", metavar="HOST[:PORT]", action="append",
+                        help=f"where to listen; may be repeated (default: all interfaces, port {DEFAULT_PORT})")
+    parser.add_argument("--slots", type=int, metavar="N",
+                        help="tasks to run at once; negative: leave that many CPUs free (default: all CPUs)")
+    parser.add_argument("--name", default=socket.gethostname(), help="what this node is called (default: the host's name)")
+    parser.add_argument("--secret-file", metavar="FILE", help="file with the cluster's secret "
+                        "(default: $DISTEXEC_SECRET, else the per-user file, which is made if need be)")
+    parser.add_argument("--spool", metavar="DIR", help="directory for the sessions' files (default: the temporary directory)")
+    parser.add_argument("--drain", type=float, default=DRAIN_S, metavar="SECONDS",
+                        help="how long SIGTERM lets running tasks go on (default: %(default)g)")
+    parser.add_argument("--once", action="store_true", help="stop when the first client that came has gone")
+    parser.add_argument("--log-level", default="warning", choices=("debug", "info", "warning", "error"))
+    parser.add_argument("--version", action="version", version=f"distexec {__version__}")
+    return parser
+
+
+def _run_agent(options: argparse.Namespace) -> int:
+    from .executor import usable_cpus
+    from .nodeagent import Agent
+    logging.basicConfig(level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
+    slots = _slots(options.slots, usable_cpus())
+    if options.drain < 0:
+        raise UsageError(f"--drain must be 0 or more seconds, not {options.drain:g}")
+    secret = _agent_secret(options.secret_file)
+    os.environ.pop("DISTEXEC_SECRET", None)  # no process started from here may find it
+    addresses = [parse_address(text, lowest_port=0) for text in options.listen or ["0.0.0.0", "[::]"]]
+    stop = threading.Event()
+    with tempfile.TemporaryDirectory(prefix="distexec-agent-", dir=_spool(options.spool),
+                                     ignore_cleanup_errors=True) as spool:
+        agent = Agent(secret, slots, options.name, spool, on_drained=stop.set)
+        try:
+            _start(agent, addresses, is_default=not options.listen)
+            _serve(agent, options, stop)
+        finally:
+            agent.close()
+    return 0
+
+
+def _start(agent: Any, addresses: list[tuple[str, int]], *, is_default: bool) -> None:
+    if is_default and not _has_v6():
+        addresses = addresses[:1]
+    agent.start(addresses)
+    where = ", ".join(format_address(listener.address) for listener in agent.listeners)
+    print(f"distexec-agent {agent.name!r} ready: {agent.slots} slots, listening on {where}", flush=True)
+
+
+def _has_v6() -> bool:
+    return socket.has_ipv6 and os.path.exists("/proc/net/if_inet6")
+
+
+def _serve(agent: Any, options: argparse.Namespace, stop: threading.Event) -> None:
+    """Wait for the end: SIGTERM drains, a second one (or Ctrl-C) stops at once."""
+    asked = 0
+
+    def on_signal(number: int, _frame: object) -> None:
+        nonlocal asked
+        asked += 1
+        if asked > 1 or number == signal.SIGINT:
+            stop.set()
+        else:
+            print(f"distexec-agent {agent.name!r}: draining for at most {options.drain:g} s; "
+                  "a second SIGTERM stops at once", file=sys.stderr, flush=True)
+            agent.drain(options.drain)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
+    if options.once:
+        agent.on_last_client_gone = stop.set
+    while not stop.wait(3600.0):
+        pass  # a timeout, so that signals are seen on every platform
+
+
+def _slots(wanted: int | None, cpus: int) -> int:
+    slots = cpus if wanted is None else wanted if wanted >= 0 else cpus + wanted
+    if wanted == 0 or slots < 1:
+        raise UsageError(f"--slots {wanted} leaves no slot on {cpus} CPUs; give a number from 1, or from -1 to -{cpus - 1} "
+                         "to leave that many CPUs free")
+    return slots
+
+
+def _agent_secret(file: str | None) -> Secret:
+    secret = load_secret(None, file)
+    if secret is not None:
+        return secret
+    path = create_secret()
+    print(f"distexec-agent: made a new secret in {path}; copy that file to the same place on the other machines "
+          "(mode 0600), or set $DISTEXEC_SECRET to what `distexec secret show` prints", file=sys.stderr, flush=True)
+    return read_secret(path)
+
+
+def _spool(directory: str | None) -> str | None:
+    if directory is None:
+        return None
+    if not os.path.isdir(directory) or not os.access(directory, os.W_OK | os.X_OK):
+        raise UsageError(f"--spool {directory}: not a directory that can be written to; make it, or name another")
+    return directory
+
+
+# ---- distexec
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="distexec", description="Look after a distexec cluster.")
+    parser.add_argument("--version", action="version", version=f"distexec {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    secret = commands.add_parser("secret", help="make or show the cluster's secret")
+    actions = secret.add_subparsers(required=True, metavar="new|show")
+    new = actions.add_parser("new", help="make a secret in the per-user file, never over an existing one")
+    new.set_defaults(run=_secret_new)
+    show = actions.add_parser("show", help="print the secret this machine would use, for the other machines")
+    show.set_defaults(run=_secret_show)
+    for action in (new, show):
+        action.add_argument("--file", metavar="FILE", help=f"another file (default: {secret_path()})")
+    nodes = commands.add_parser("nodes", help="ask nodes how they are, and say of each that is missing why")
+    nodes.add_argument("nodes", nargs="*", metavar="HOST[:PORT]", help="default: $DISTEXEC_NODES, else localhost")
+    nodes.add_argument("--secret-file", metavar="FILE")
+    nodes.add_argument("--timeout", type=float, default=5.0, metavar="SECONDS")
+    nodes.set_defaults(run=_nodes)
+    return parser
+
+
+def _secret_new(options: argparse.Namespace) -> int:
+    try:
+        path = create_secret(options.file)
+    except FileExistsError:
+        path = options.file or secret_path()
+        raise UsageError(f"{path} exists already and is left as it is; show it with `distexec secret show`, or remove it "
+                         "first if the cluster shall have a new one") from None
+    print(f"made a new secret in {path}; copy it to the same place on the other machines (mode 0600)")
+    return 0
+
+
+def _secret_show(options: argparse.Namespace) -> int:
+    secret = load_secret(None, options.file)
+    if secret is None:
+        raise UsageError(f"there is no secret: neither $DISTEXEC_SECRET nor {secret_path()}; make one with "
+                         "`distexec secret new`")
+    print(secret.text)
+    return 0
+
+
+def _nodes(options: argparse.Namespace) -> int:
+    from .survey import survey
+    addresses = options.nodes or [part.strip() for part in os.environ.get("DISTEXEC_NODES", "localhost").split(",")]
+    secret = load_secret(None, options.secret_file)
+    if secret is None:
+        raise UsageError(f"nodes answer only who proves the secret, and there is none here: set $DISTEXEC_SECRET or put it "
+                         f"into {secret_path()}")
+    targets = [(text, resolve(parse_address(text))) for text in addresses if text and text != "local"]
+    rows = survey(targets, secret, options.timeout)
+    print(rows)
+    return 0 if all(row.state == "up" for row in rows.nodes) else 1

@@ -1,0 +1,477 @@
+"""`ClusterExecutor`: the public face, a drop-in for `concurrent.futures.ProcessPoolExecutor`.
+
+It checks what the user wrote, says at once what is wrong with it, and hands everything to its `Root`, which does not refer
+back. Rule: what ProcessPoolExecutor accepts is accepted and means the same.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import secrets
+import sys
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
+from functools import partial
+from multiprocessing.context import BaseContext
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+from . import __version__
+from .address import parse_address, resolve
+from .errors import WorkerLost
+from .future import ClusterFuture
+from .mapping import Submissions, run_chunk, spread
+from .messages import MAX_INLINE_BYTES, Options, SessionSpec
+from .report import ClusterStatus, NodeStatus
+from .root import LOCAL, Root
+
+if TYPE_CHECKING:
+    from .handshake import Credentials
+    from .pool import Pool
+
+__all__ = ["ClusterExecutor", "NodeSpec"]
+
+T = TypeVar("T")
+
+
+class NodeSpec(NamedTuple):
+    """A node to use, and how much of it: `address` as in `nodes=`, `slots` at most (None: all that it offers)."""
+
+    address: str
+    slots: int | None = None
+
+
+class TaskOptions(NamedTuple):
+    """What `options()` sets for the calls made through its view."""
+
+    retries: int | None = None
+    timeout_s: float | None = None
+    priority: int = 0
+    node: str = ""
+
+    def for_task(self, retries: int) -> Options | None:
+        """Give the part that travels with the task; None if there is nothing to say."""
+        if self.timeout_s is None and not self.priority and not self.node and retries:
+            return None
+        return Options(self.timeout_s or 0.0, self.priority, self.node, retries == 0)
+
+
+class _Submitter(Executor):
+    """What the executor and its views share: submit and map with their own options."""
+
+    _root: Root
+    _options: TaskOptions
+
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> ClusterFuture[T]:
+        """Run `fn(*args, **kwargs)` on some node and return its `ClusterFuture`.
+
+        What cannot be pickled fails the future, not this call, as with ProcessPoolExecutor. Blocks while `max_pending`
+        tasks are pending. Raises RuntimeError after shutdown, a BrokenExecutor once the executor is broken.
+        """
+        root = self._root
+        retries = self._options.retries
+        if retries is None:
+            retries = root.retries
+        options = self._options
+        travels = None if options is _DEFAULT and retries else options.for_task(retries)
+        return root.submit(fn, args, kwargs, travels, retries)
+
+    def map(self, fn: Callable[..., T], *iterables: Iterable[Any], timeout: float | None = None, chunksize: int = 1,
+            buffersize: int | None = None, ordered: bool = True) -> Iterator[T]:
+        """Run `fn` on the items of the iterables, zipped, and yield the results.
+
+        Args:
+            timeout: seconds from this call after which the iterator raises TimeoutError.
+            chunksize: items sent together, as a hint; an item stays the unit of retry and error.
+            buffersize: at most so many items submitted whose results were not yielded; None: all are submitted at once.
+            ordered: False yields results as they come.
+
+        An error, a timeout, or closing the iterator cancels the items that were not handed out.
+        Raises ValueError or TypeError for arguments that cannot be meant.
+        """
+        if isinstance(chunksize, bool) or not isinstance(chunksize, int) or chunksize < 1:
+            raise ValueError("chunksize must be >= 1.")
+        if buffersize is not None and not isinstance(buffersize, int):
+            raise TypeError("buffersize must be an integer or None")
+        if buffersize is not None and buffersize < 1:
+            raise ValueError("buffersize must be None or > 0")
+        deadline = None if timeout is None else time.monotonic() + timeout
+        items: Iterator[tuple[Any, ...]] = zip(*iterables)  # noqa: B905 - as PPE: the shortest decides
+        if chunksize > 1 and self._options.timeout_s is None and self._options.retries != 0:
+            return self._map_chunks(fn, items, chunksize, buffersize, deadline, ordered)
+        submitted = Submissions(partial(_submit_item, weakref.ref(self), self._root, self._options, fn), items, buffersize)
+        return submitted.results(deadline, ordered)
+
+    def _map_chunks(self, fn: Callable[..., T], items: Iterator[tuple[Any, ...]], chunksize: int, buffersize: int | None,
+                    deadline: float | None, ordered: bool) -> Iterator[T]:
+        chunks = iter(lambda: tuple(itertools.islice(items, chunksize)), ())
+        again = partial(_submit_item, weakref.ref(self), self._root, self._options, fn)
+        once = partial(_submit_item, weakref.ref(self), self._root, self._options._replace(retries=0), run_chunk)
+        submitted = Submissions(lambda chunk: once((fn, chunk)), ((chunk,) for chunk in chunks),
+                                 None if buffersize is None else max(1, buffersize // chunksize), unwrap=True)
+        return spread(submitted, submitted.results(deadline, ordered), again)
+
+
+def _submit_item(owner: weakref.ref[_Submitter], root: Root, options: TaskOptions, fn: Callable[..., Any],
+                 args: tuple[Any, ...]) -> ClusterFuture[Any] | None:
+    """Submit one item of a map; None once nobody holds its executor any more, as in the standard library."""
+    if owner() is None:
+        return None
+    retries = root.retries if options.retries is None else options.retries
+    travels = None if options is _DEFAULT and retries else options.for_task(retries)
+    return root.submit(fn, args, {}, travels, retries)
+
+
+_DEFAULT = TaskOptions()
+
+
+class _View(_Submitter):
+    """The same cluster with other options for the calls made through it; made by `ClusterExecutor.options`."""
+
+    def __init__(self, executor: ClusterExecutor, options: TaskOptions) -> None:
+        self._executor = executor  # views hold the executor, so that dropping it alone does not end the cluster
+        self._root = executor._root
+        self._options = options
+
+    def options(self, **changes: Any) -> _View:
+        """Return a view with more options changed."""
+        return _View(self._executor, _changed(self._options, **changes))
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Shut down the executor behind this view."""
+        self._executor.shutdown(wait, cancel_futures=cancel_futures)
+
+    def __repr__(self) -> str:
+        return f"<view of {self._executor!r} with {self._options!r}>"
+
+
+class ClusterExecutor(_Submitter):
+    """Runs calls on worker processes of this machine and of any number of others.
+
+    Args:
+        max_workers: without nodes, the number of workers (None: the CPUs this process may use); with nodes, the most tasks
+            running at once (None: as many as the nodes offer).
+        mp_context: a multiprocessing context whose processes the local workers shall be. None: they are forked from a clean
+            template process, which starts faster and never imports the program's `__main__`.
+        initializer, initargs: called once in each worker before its first task; if it raises on every node, the executor
+            breaks with `InitializerFailed`.
+        max_tasks_per_child: tasks after which a worker is replaced by a fresh one; None: never. Not with context "fork".
+        nodes: None: `$DISTEXEC_NODES` (comma-separated), else this machine. Or "local", or a sequence of "host",
+            "host:port", "[v6]:port", "local" and `NodeSpec`.
+        secret: the cluster's secret; None: `$DISTEXEC_SECRET`, else the per-user file. Needed for every node but "local".
+        cluster, name: names for listings and logs.
+        env: variables set for the workers, on top of their machine's.
+        echo: print what tasks print on nodes.
+        retries: how often a task is run again whose worker or node died while it may have been running.
+        node_timeout: seconds after which a node that cannot be reached is given up and its tasks run elsewhere.
+        nodes_timeout: seconds that queued work waits without a slot anywhere before it fails with `NoNodes`; None: for ever.
+        max_pending: `submit` blocks while so many tasks are pending.
+
+    Raises ValueError or TypeError for arguments that cannot be meant: an address that does not parse or resolve, no secret
+    for a remote node, a secret file that others can read, initargs that only inheritance carries beside a remote node.
+    """
+
+    def __init__(self, max_workers: int | None = None, mp_context: BaseContext | None = None,
+                 initializer: Callable[..., object] | None = None, initargs: tuple[Any, ...] = (), *,
+                 max_tasks_per_child: int | None = None, nodes: str | Sequence[str | NodeSpec] | None = None,
+                 secret: str | bytes | None = None, cluster: str = "default", name: str | None = None,
+                 env: Mapping[str, str] | None = None, echo: bool = True, retries: int = 3, node_timeout: float = 15.0,
+                 nodes_timeout: float | None = None, max_pending: int | None = None) -> None:
+        _check_numbers(max_workers, retries, node_timeout, nodes_timeout, max_pending)
+        _check_child_limit(max_tasks_per_child, mp_context)
+        if initializer is not None and not callable(initializer):
+            raise TypeError("initializer must be a callable")
+        specs = _node_specs(nodes)
+        self._options = _DEFAULT
+        self._name = name or f"{os.path.basename(sys.argv[0]) or 'python'}-{os.getpid()}"
+        is_local = any(spec.address == LOCAL for spec in specs)
+        remote = [spec for spec in specs if spec.address != LOCAL]
+        credentials = _credentials(secret, self._name, required=bool(remote))
+        targets = [(spec, partial(resolve, parse_address(spec.address))) for spec in remote]
+        for _, resolve_now in targets:
+            resolve_now()
+        slots = _local_slots(specs, None if remote else max_workers) if is_local else 0
+        plan = _PoolPlan(mp_context, initializer, initargs, is_remote_too=bool(remote))
+        self._root = Root(
+            name=self._name, spec=plan.spec(env, max_tasks_per_child or 0, echo, self._name), slots=slots,
+            ceiling=max_workers or 0 if remote else 0, retries=retries, node_timeout_s=float(node_timeout),
+            nodes_timeout_s=nodes_timeout, max_pending=max_pending, credentials=credentials,
+            make_pool=plan.make_pool if is_local else None)
+        self._cluster = cluster
+        self._secret = secret
+        self._finalizer = weakref.ref(self, _dropper(self._root))
+        for spec, resolve_now in targets:
+            self._root.add_node(spec.address, resolve_now, spec.slots)
+        if remote:
+            self._root.start()
+
+    # ---- the standard interface
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Take no more calls; finish those taken, or cancel the queued ones if `cancel_futures`.
+
+        Args:
+            wait: return only when everything has ended and all processes, threads and connections are gone.
+        """
+        self._root.begin_shutdown(cancel_futures=cancel_futures)
+        if wait:
+            self._root.wait_closed()
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, traceback: Any) -> bool | None:
+        """Shut down and wait; after Ctrl-C, without finishing what is queued or running."""
+        if kind is not None and issubclass(kind, KeyboardInterrupt):
+            self._root.kill_all()
+        self.shutdown(wait=True)
+        return None
+
+    def terminate_workers(self) -> None:
+        """End all workers now; running calls fail with `WorkerLost`, queued ones are cancelled, no more are taken."""
+        self._end_workers("terminate_workers()")
+
+    def kill_workers(self) -> None:
+        """Do as `terminate_workers`: workers are ended by SIGKILL either way, with everything they started."""
+        self._end_workers("kill_workers()")
+
+    def _end_workers(self, by: str) -> None:
+        self._root.begin_shutdown(cancel_futures=True)
+        self._root.break_with(WorkerLost(f"the workers were ended by {by}", node=LOCAL))
+
+    @property
+    def _broken(self) -> bool:
+        """Whether the executor is broken; the standard library's tests and joblib look at this name."""
+        return self._root.broken is not None
+
+    @property
+    def _max_workers(self) -> int:
+        """The slots there are; joblib and others read this name of the standard executors."""
+        return self._root.slots()
+
+    # ---- more than the standard interface
+
+    def options(self, *, retries: int | None = None, timeout: float | None = None, priority: int = 0,
+                node: str = "") -> _View:
+        """Return an Executor view of the same cluster whose calls have these options.
+
+        Args:
+            retries: instead of the executor's.
+            timeout: seconds a task may run, per attempt; then it is ended with all it started: `TaskTimeout`.
+            priority: higher runs first among this executor's queued tasks.
+            node: the name of the only node that may run it; "local" for this machine's workers.
+
+        Raises ValueError for a negative number of retries or a timeout that is not positive.
+        """
+        return _View(self, _changed(_DEFAULT, retries=retries, timeout=timeout, priority=priority, node=node))
+
+    def nodes(self) -> tuple[NodeStatus, ...]:
+        """Describe every node, reachable or not."""
+        return tuple(self._root.node_rows())
+
+    def status(self) -> ClusterStatus:
+        """Describe the work done and under way, and every node; prints as a table."""
+        return self._root.status()
+
+    def add_node(self, node: str | NodeSpec) -> None:
+        """Use one more node from now on. Raises ValueError as the constructor does."""
+        spec = node if isinstance(node, NodeSpec) else NodeSpec(node)
+        if spec.address == LOCAL:
+            raise ValueError('this machine\'s own workers cannot be added later; name "local" in nodes=')
+        resolve_now = partial(resolve, parse_address(spec.address))
+        resolve_now()
+        if self._root._credentials is None:
+            self._root._credentials = _credentials(self._secret, self._name, required=True)
+        self._root.start()
+        self._root.add_node(spec.address, resolve_now, spec.slots)
+
+    def remove_node(self, name: str, drain: bool = True) -> None:
+        """Use a node, given by name or address, no longer.
+
+        Args:
+            drain: let what runs there finish, and run the rest elsewhere; otherwise all of it runs elsewhere at once.
+
+        Raises ValueError if there is no such node.
+        """
+        self._root.remove_node(self._node(name), drain=drain)
+
+    def set_slots(self, name: str, slots: int) -> None:
+        """Use at most so many slots of a node, given by name or address ("local": this machine), from now on.
+
+        Raises ValueError for a negative number or an unknown node.
+        """
+        if slots < 0:
+            raise ValueError(f"slots must be 0 or more, not {slots}")
+        root = self._root
+        if name == LOCAL and root._make_pool is not None:
+            root.dispatcher.call(lambda now: root.scheduler.set_slots(slots, now))
+        else:
+            node = self._node(name)
+            root.dispatcher.call(lambda now: root.scheduler.limit_node(node, slots, now))
+
+    def wait_for_slots(self, slots: int, timeout: float | None = None) -> bool:
+        """Block until that many slots can be used; False if `timeout` seconds passed first."""
+        root = self._root
+        root.start()
+        with root.changed:
+            return root.changed.wait_for(lambda: root.slots() >= slots, timeout)
+
+    def _node(self, name: str) -> Any:
+        for node in self._root.nodes:
+            if name in (node.name, node.address):
+                return node
+        known = ", ".join(repr(node.name) for node in self._root.nodes) or "none"
+        raise ValueError(f"there is no node {name!r}; nodes: {known}")
+
+    def __repr__(self) -> str:
+        root = self._root
+        status = root.status()
+        up = sum(node.state == "up" for node in status.nodes)
+        state = "broken" if root.broken is not None else "shut down" if root._is_closing else "open"
+        return (f"<ClusterExecutor {self._name!r} {state}: {up}/{len(status.nodes)} nodes, {status.slots} slots, "
+                f"{status.running} running, {status.queued} queued, {status.done} done>")
+
+
+def _dropper(root: Root) -> Callable[[object], None]:
+    # The weak reference's callback may run anywhere, in any state: it only sets a flag and wakes the I/O thread.
+    return lambda _ref: root.drop()
+
+
+# ---- checking what the user wrote
+
+
+def _check_numbers(max_workers: int | None, retries: int, node_timeout: float, nodes_timeout: float | None,
+                   max_pending: int | None) -> None:
+    if max_workers is not None and max_workers <= 0:
+        raise ValueError("max_workers must be greater than 0")
+    if retries < 0:
+        raise ValueError(f"retries must be 0 or more, not {retries}")
+    if not node_timeout > 0:
+        raise ValueError(f"node_timeout must be a positive number of seconds, not {node_timeout}")
+    if nodes_timeout is not None and nodes_timeout < 0:
+        raise ValueError(f"nodes_timeout must be None or 0 or more seconds, not {nodes_timeout}")
+    if max_pending is not None and max_pending < 1:
+        raise ValueError(f"max_pending must be None or at least 1, not {max_pending}")
+
+
+def _check_child_limit(max_tasks_per_child: int | None, mp_context: BaseContext | None) -> None:
+    if max_tasks_per_child is None:
+        return
+    if not isinstance(max_tasks_per_child, int):
+        raise TypeError("max_tasks_per_child must be an integer")
+    if max_tasks_per_child <= 0:
+        raise ValueError("max_tasks_per_child must be >= 1")
+    if mp_context is not None and mp_context.get_start_method(allow_none=False) == "fork":
+        raise ValueError("max_tasks_per_child is incompatible with the 'fork' multiprocessing start method; supply a "
+                         "different mp_context.")
+
+
+def _changed(options: TaskOptions, *, retries: int | None = None, timeout: float | None = None, priority: int | None = None,
+             node: str | None = None) -> TaskOptions:
+    if retries is not None and retries < 0:
+        raise ValueError(f"retries must be 0 or more, not {retries}")
+    if timeout is not None and not timeout > 0:
+        raise ValueError(f"timeout must be a positive number of seconds, not {timeout}")
+    return TaskOptions(options.retries if retries is None else retries,
+                       options.timeout_s if timeout is None else float(timeout),
+                       options.priority if priority is None else priority,
+                       options.node if node is None else node)
+
+
+def _node_specs(nodes: str | Sequence[str | NodeSpec] | None) -> list[NodeSpec]:
+    if nodes is None:
+        nodes = os.environ.get("DISTEXEC_NODES") or LOCAL
+    if isinstance(nodes, str):
+        nodes = [part.strip() for part in nodes.split(",") if part.strip()]
+    specs = [node if isinstance(node, NodeSpec) else NodeSpec(node) for node in nodes]
+    if not specs:
+        raise ValueError('nodes names no node; leave it out, or name "local" or addresses')
+    for spec in specs:
+        if not isinstance(spec.address, str):
+            raise TypeError(f"a node is named by a string or NodeSpec, not {spec.address!r}")
+        if spec.slots is not None and spec.slots < 0:
+            raise ValueError(f"slots of node {spec.address!r} must be 0 or more, not {spec.slots}")
+    return specs
+
+
+def _local_slots(specs: list[NodeSpec], max_workers: int | None) -> int:
+    wanted = next((spec.slots for spec in specs if spec.address == LOCAL), None)
+    return wanted if wanted is not None else max_workers if max_workers is not None else usable_cpus()
+
+
+def usable_cpus() -> int:
+    """Count the CPUs this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0)) or 1
+    return os.cpu_count() or 1
+
+
+def _credentials(secret: str | bytes | None, name: str, *, required: bool) -> Credentials | None:
+    if not required:
+        return None
+    from .handshake import Credentials
+    from .secretfile import load_secret, secret_path
+    found = load_secret(secret)
+    if found is None:
+        raise ValueError("a remote node needs the secret of its cluster: pass secret=, set $DISTEXEC_SECRET, or put it into "
+                         f"{secret_path()} (`distexec secret new` makes one; it must be the same on every machine)")
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    return Credentials(found, name, secrets.token_bytes(16), python, __version__)
+
+
+class _PoolPlan:
+    """How this session's workers are prepared, here and on nodes."""
+
+    def __init__(self, context: BaseContext | None, initializer: Callable[..., object] | None, initargs: tuple[Any, ...],
+                 *, is_remote_too: bool) -> None:
+        self._context = context
+        self._initializer: tuple[Callable[..., object], tuple[Any, ...]] | None = None
+        self._packed: tuple[bytes, list[memoryview]] = (b"", [])
+        if initializer is None:
+            return
+        self._initializer = (initializer, initargs)
+        if context is None or is_remote_too:
+            self._pack(is_remote_too)
+
+    def _pack(self, is_remote_too: bool) -> None:
+        from .payload import CallPacker
+        assert self._initializer is not None
+        try:
+            self._packed = CallPacker().pack_call(self._initializer, {})
+        except RuntimeError as error:
+            if "inheritance" not in str(error):
+                raise
+            if is_remote_too:
+                culprit = next((arg for arg in self._initializer[1] if not _can_travel(arg)), self._initializer[1])
+                raise ValueError(f"initargs holds {culprit!r}, which only a child process of this program can inherit; it "
+                                 "cannot reach a remote node. Use a multiprocessing.Manager's proxy instead") from error
+            self._context = multiprocessing.get_context()
+
+    def spec(self, env: Mapping[str, str] | None, max_tasks_per_child: int, echo: bool, name: str) -> SessionSpec:
+        """Describe this process to its workers."""
+        extra = {str(key): str(value) for key, value in (env or {}).items()}
+        environ = {**os.environ, **extra}
+        environ.pop("DISTEXEC_SECRET", None)
+        data, views = self._packed
+        if len(data) > MAX_INLINE_BYTES or any(view.nbytes > MAX_INLINE_BYTES for view in views):
+            raise ValueError("initargs are larger than 1 MiB; pass a path or let the initializer load them")
+        return SessionSpec(
+            path=tuple(sys.path), directory=os.getcwd(), argv=tuple(sys.argv), environ=environ,
+            warnings=tuple(sys.warnoptions), authkey=bytes(multiprocessing.current_process().authkey), initializer=data,
+            initializer_buffers=tuple(bytes(view) for view in views), max_tasks_per_child=max_tasks_per_child, echo=echo,
+            name=name, env=extra)
+
+    def make_pool(self, root: Root) -> Pool:
+        """Make the pool of local workers."""
+        from .pool import Pool
+        return Pool(root.loop, root.spec, root, store=root.store, capture=False, node=LOCAL, context=self._context,
+                    initializer=self._initializer)
+
+
+def _can_travel(value: object) -> bool:
+    from .payload import CallPacker
+    try:
+        CallPacker().pack_call((value,), {})
+    except RuntimeError:
+        return False
+    return True

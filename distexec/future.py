@@ -1,0 +1,196 @@
+"""`ClusterFuture`: the standard library's `Future` with what is known of its task, and far cheaper while nobody waits.
+
+The standard Future makes a Condition when it is born; most futures of a long run are never waited on one by one. Here the
+Condition is born when somebody first needs it, and until then a lock shared by all futures guards the state. Rule: whoever
+finds no Condition acts under that lock and looks again; whoever makes one makes it under that lock.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    from .ledger import Task
+
+__all__ = ["ClusterFuture", "Timing"]
+
+T = TypeVar("T")
+
+_PENDING, _RUNNING, _CANCELLED, _NOTIFIED, _FINISHED = (
+    "PENDING", "RUNNING", "CANCELLED", "CANCELLED_AND_NOTIFIED", "FINISHED")
+
+_birth = threading.RLock()  # guards every future that has no Condition; reentrant, for finalizers that touch a future
+
+
+class Timing(NamedTuple):
+    """When things happened to a task: seconds on this machine's monotonic clock, None where they have not happened."""
+
+    submitted_at: float
+    finished_at: float | None
+    run_s: float | None
+    """How long the function itself ran, on its node."""
+
+    @property
+    def waited_s(self) -> float | None:
+        """Seconds from submit to the end that were not spent running: queueing, travelling, being found."""
+        if self.finished_at is None or self.run_s is None:
+            return None
+        return max(0.0, self.finished_at - self.submitted_at - self.run_s)
+
+
+class Control(Protocol):
+    """What a future needs of the executor behind it."""
+
+    def withdraw(self, task: Task) -> object:
+        """Forget a task that was never handed out."""
+
+    def kill(self, task: Task) -> object:
+        """End a task wherever it is."""
+
+
+class ClusterFuture(Future[T]):
+    """The future of one task; everything `concurrent.futures.Future` promises, and:
+
+    `task_id` (int, counted from 1 per executor), `node` (name of the node that ran or runs it, "" before), `attempts` (how
+    often it was started as far as known; more than 1 after a worker was lost), `timing` (a `Timing`), `kill()`.
+    """
+
+    __slots__ = ("_attempts", "_cond", "_control", "_finished_at", "_node", "_run_ns", "_submitted_at", "_task", "_task_id")
+
+    def __init__(self) -> None:
+        # Not the parent's __init__: it would make the Condition. These are all of its other attributes (3.11 to 3.14).
+        self._state = _PENDING
+        self._result = None
+        self._exception = None
+        self._waiters: list[Any] = []
+        self._done_callbacks: list[Callable[[Future[T]], object]] = []
+        self._cond: threading.Condition | None = None
+        self._task: Task | None = None
+        self._task_id = 0
+        self._control: Control | None = None
+        self._submitted_at = time.monotonic()
+        self._finished_at = 0.0
+        self._run_ns = -1
+        self._node = ""
+        self._attempts = 0
+
+    @property
+    def _condition(self) -> threading.Condition:  # type: ignore[override]
+        """The parent's attribute, born on first use."""
+        condition = self._cond
+        if condition is None:
+            with _birth:
+                condition = self._cond
+                if condition is None:
+                    condition = self._cond = threading.Condition()
+        return condition
+
+    # ---- for the user
+
+    @property
+    def task_id(self) -> int:
+        """The number of the task in its executor, from 1."""
+        return self._task_id
+
+    @property
+    def node(self) -> str:
+        """The node that ran the task last, "" while it was on none."""
+        return self._task.node if self._task is not None else self._node
+
+    @property
+    def attempts(self) -> int:
+        """How often the task was begun, as far as this end knows: 0 while queued, 1 normally, more after losses."""
+        task = self._task
+        if task is None:
+            return self._attempts
+        return task.deaths + (task.lane is not None)
+
+    @property
+    def timing(self) -> Timing:
+        """When the task was submitted and ended, and how long it ran."""
+        return Timing(self._submitted_at, self._finished_at or None, self._run_ns / 1e9 if self._run_ns >= 0 else None)
+
+    def cancel(self) -> bool:
+        """Withdraw the task if it was never handed out; True if it is (or was) withdrawn. See `kill` for the others."""
+        if not super().cancel():
+            return False
+        task, control = self._task, self._control
+        if self._notify_cancel() and task is not None and control is not None:
+            control.withdraw(task)
+        return True
+
+    def kill(self) -> bool:
+        """End the task wherever it is: withdrawn if queued, recalled if unstarted, its whole process tree ended if running.
+
+        The future then raises `TaskKilled` (or `CancelledError`, if it was still queued), unless the task was faster.
+        Returns False if the task has ended already. Does not wait.
+        """
+        if self.cancel():
+            return True
+        task, control = self._task, self._control
+        if task is None or control is None or self.done():
+            return False
+        control.kill(task)
+        return True
+
+    # ---- for the executor
+
+    def bind(self, task: Task, control: Control) -> None:
+        """Join the future to its task."""
+        self._task, self._control, self._task_id = task, control, task.run.seq
+
+    def claim(self) -> bool:
+        """Turn RUNNING, for good; False if the user has cancelled."""
+        if self._cond is None:
+            with _birth:
+                if self._cond is None:
+                    if self._state == _PENDING:
+                        self._state = _RUNNING
+                        return True
+                    return self._state == _RUNNING
+        with self._condition:
+            if self._state == _PENDING:
+                self._state = _RUNNING
+            return self._state == _RUNNING
+
+    def _notify_cancel(self) -> bool:
+        with self._condition:
+            return self._state == _CANCELLED and not self.set_running_or_notify_cancel()
+
+    def conclude(self, result: Any, exception: BaseException | None, run_ns: int = -1) -> None:
+        """End the future; once. What the task's record knew is kept, the record is let go."""
+        task, self._task = self._task, None
+        if task is not None:
+            self._node = task.node
+            self._attempts = task.deaths + (1 if run_ns >= 0 else 0)
+        self._run_ns = run_ns
+        self._finished_at = time.monotonic()
+        if self._cond is None:
+            with _birth:
+                quiet = self._cond is None
+                if quiet:
+                    if self._state in (_FINISHED, _CANCELLED, _NOTIFIED):
+                        return
+                    self._result, self._exception = result, exception
+                    self._state = _FINISHED
+            if quiet:
+                if self._done_callbacks:
+                    self._invoke_callbacks()  # type: ignore[attr-defined]
+                return
+        with self._condition:
+            if self._state in (_FINISHED, _CANCELLED, _NOTIFIED):
+                return
+        if exception is not None:
+            self.set_exception(exception)
+        else:
+            self.set_result(result)
+
+    def __repr__(self) -> str:
+        where = f" on {self.node!r}" if self.node else ""
+        text = super().__repr__()[1:-1]
+        return f"<{text.replace(' at ', f' {self.task_id} at ', 1)}{where}>"
+

@@ -1,0 +1,396 @@
+"""The records a `Scheduler` keeps: tasks, queues, run-time estimates, lanes, sessions.
+
+They know where each thing is and how to move it in O(1); what should happen is decided in `scheduler`. Pure: no socket,
+thread, clock or random number.
+
+    Session ── queue ──> Task            a task is queued here …
+        └───── Lane ── leases ──> Task   … or leased to exactly one peer; a lane is one session's leases on one peer
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Hashable, Iterator
+from enum import Enum
+from typing import Any, NamedTuple
+
+from .messages import Define, Lost, Open, Outcome, OutcomeKind, Run
+
+Peer = Hashable
+"""Whatever the caller uses to name the other end of a link; the scheduler only compares and hashes it."""
+
+ABANDONED = "abandoned"
+"""The doom of an attempt that a newer one replaced: nobody is told of its end."""
+
+UNKNOWN = float("inf")
+"""The estimate of a function that never ended yet: it may run for ever."""
+
+WORKER_AHEAD_S = 0.002
+"""Work queued in a worker behind what runs. Smaller: workers idle between batches. Larger: more to take back."""
+
+NODE_AHEAD_S = 0.020
+"""Work queued at a node per slot, at least. Smaller than the round trip: slots idle while an outcome travels."""
+
+MAX_AHEAD = 1024
+"""Most tasks leased ahead per slot, however short. Larger: bigger frames and more to lose; smaller: more system calls."""
+
+
+class Task:
+    """One call: its `Run` message ready to be sent, and where it is.
+
+    `lane` is None while it is queued or waiting; `order` counts Runs sent on a worker's link; `estimate_s` is what its
+    lane was charged; `deaths` counts attempts that died while they may have been running; `doom` is how it must end
+    (ABANDONED: without a word, a newer attempt took its place); `owner` is the root's, opaque here.
+    """
+
+    __slots__ = ("claimed", "deaths", "doom", "estimate_s", "lane", "node", "order", "owner", "queued", "renew",
+                 "retries", "run", "session")
+
+    def __init__(self, run: Run, session: Session, owner: Any = None, retries: int = 0) -> None:
+        self.run = run
+        self.session = session
+        self.owner = owner
+        self.retries = retries
+        self.deaths = 0
+        self.lane: Lane | None = None
+        self.order = 0
+        self.estimate_s = 0.0
+        self.node = ""
+        self.queued = False
+        self.renew = False  # the next lease needs a new attempt number
+        self.claimed = False  # the owner said that it may run
+        self.doom: OutcomeKind | str | None = None
+
+    @property
+    def priority(self) -> int:
+        """Higher runs first within the session."""
+        return self.run.options.priority if self.run.options is not None else 0
+
+    @property
+    def is_solo(self) -> bool:
+        """Whether it may only be leased to a free slot (retries=0)."""
+        return self.run.options is not None and self.run.options.solo
+
+    def __repr__(self) -> str:
+        where = "queued" if self.queued else f"on {self.lane.peer!r}" if self.lane is not None else "nowhere"
+        return f"<Task {self.run.session}.{self.run.seq}.{self.run.attempt} {where}>"
+
+
+class Queue:
+    """Tasks by priority, then first come first served. Removal is lazy: a task that left has `queued` False."""
+
+    __slots__ = ("_levels", "_stale", "count")
+
+    def __init__(self) -> None:
+        self._levels: list[tuple[int, deque[Task]]] = []  # highest priority first; few
+        self._stale = 0  # entries whose task is gone
+        self.count = 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[Task]:
+        return (task for _, level in self._levels for task in level if task.queued)
+
+    def _level(self, priority: int) -> deque[Task]:
+        for position, (known, level) in enumerate(self._levels):
+            if known == priority:
+                return level
+            if known < priority:
+                self._levels.insert(position, (priority, deque()))
+                return self._levels[position][1]
+        self._levels.append((priority, deque()))
+        return self._levels[-1][1]
+
+    def push(self, task: Task) -> None:
+        """Add behind its equals."""
+        task.queued = True
+        self.count += 1
+        self._level(task.priority).append(task)
+
+    def push_front(self, task: Task) -> None:
+        """Add before its equals: it has waited already."""
+        task.queued = True
+        self.count += 1
+        self._level(task.priority).appendleft(task)
+
+    def peek(self) -> Task | None:
+        """Show the task that `pop` would give."""
+        for _, level in self._levels:
+            while level:
+                if level[0].queued:
+                    return level[0]
+                level.popleft()
+                self._stale -= 1
+        return None
+
+    def pop(self) -> Task:
+        """Remove and give the first task; there must be one."""
+        for _, level in self._levels:
+            while level:
+                task = level.popleft()
+                if task.queued:
+                    task.queued = False
+                    self.count -= 1
+                    return task
+                self._stale -= 1
+        raise AssertionError("pop from an empty queue")
+
+    def discard(self, task: Task) -> None:
+        """Take out a task wherever it stands, in O(1) amortised."""
+        task.queued = False
+        self.count -= 1
+        self._stale += 1
+        if self._stale > 64 and self._stale > self.count:
+            self._compact()
+
+    def _compact(self) -> None:
+        seen: set[int] = set()
+        kept = []
+        for priority, level in self._levels:
+            alive: deque[Task] = deque()
+            for task in level:
+                if task.queued and id(task) not in seen:
+                    seen.add(id(task))
+                    alive.append(task)
+            if alive:
+                kept.append((priority, alive))
+        self._levels, self._stale = kept, 0
+
+    def pop_youngest(self) -> Task:
+        """Remove and give the task that would run last; there must be one."""
+        for _, level in reversed(self._levels):
+            while level:
+                task = level.pop()
+                if task.queued:
+                    task.queued = False
+                    self.count -= 1
+                    return task
+                self._stale -= 1
+        raise AssertionError("pop from an empty queue")
+
+
+class Estimate:
+    """The run time to expect of a function, seconds: the largest of its last 16 to 32, infinite before the first."""
+
+    __slots__ = ("_count", "_older", "_recent", "value_s")
+
+    def __init__(self) -> None:
+        self.value_s = UNKNOWN
+        self._older = self._recent = 0.0
+        self._count = 0
+
+    def saw(self, run_s: float) -> None:
+        """Take in one run."""
+        self._count += 1
+        if self._count & 15 == 0:
+            self._older, self._recent = self._recent, run_s
+            self.value_s = run_s if run_s > self._older else self._older
+        elif run_s > self._recent:
+            self._recent = run_s
+            if run_s > self.value_s or self._count == 1:
+                self.value_s = run_s
+        elif self.value_s == UNKNOWN:
+            self.value_s = run_s
+
+    def outgrown(self, age_s: float) -> None:
+        """Learn that a run is already `age_s` old and not over."""
+        if age_s > self._recent:
+            self._recent = age_s
+        if self.value_s != UNKNOWN and age_s > self.value_s:
+            self.value_s = age_s
+
+
+class LaneState(Enum):
+    """Whether a lane may be given tasks."""
+
+    ACTIVE = "active"
+    SUSPENDED = "suspended"  # its link is down; it may come back with everything it holds
+    DRAINING = "draining"  # it finishes what it has and gets nothing more
+
+
+class Lane:
+    """One session's leases on one downstream peer: a worker (one slot, ordered) or a node (as many as it offers)."""
+
+    __slots__ = ("defined", "is_worker", "leases", "limit", "name", "offered", "peer", "remaining", "revoke_end", "revoke_range",
+                 "sent", "session", "since", "slots", "state", "suspended_at", "unknown", "wanted", "window_s", "work_s")
+
+    def __init__(self, peer: Peer, session: Session, name: str, *, is_worker: bool, remaining: int = 0) -> None:
+        self.peer, self.session, self.name, self.is_worker = peer, session, name, is_worker
+        self.offered = self.slots = 1 if is_worker else 0  # offered by the peer; slots of these that we may use
+        self.limit = 1 << 60  # most slots of a node its user wants used
+        self.window_s = NODE_AHEAD_S
+        self.leases: dict[int, Task] = {}  # by seq, oldest first
+        self.work_s = 0.0  # expected run time of the leases whose function is known
+        self.unknown = 0  # leases whose function is not
+        self.sent = 0  # Runs sent on a worker's link
+        self.remaining = remaining  # tasks a worker may still take (max_tasks_per_child); 0: no limit
+        self.defined: set[int] = set()
+        self.state = LaneState.ACTIVE
+        self.suspended_at = 0.0
+        self.since = 0.0  # last time an outcome came or an idle peer was given work
+        self.wanted = False  # we told the node that tasks wait
+        self.revoke_range: tuple[int, int] | None = None  # orders being taken back, until `started` was read
+        self.revoke_end: tuple[int, int] | None = None  # (seq, attempt) it ended with, until the worker is past that
+
+    def is_free(self) -> bool:
+        """Say whether a slot is free and may be used now."""
+        return len(self.leases) < self.slots and self.state is LaneState.ACTIVE and self.revoke_end is None
+
+    def has_room(self, estimate_s: float, is_solo: bool) -> bool:
+        """Say whether one more task expected to run for `estimate_s` may be leased here now."""
+        count = len(self.leases)
+        if count < self.slots:
+            return True
+        if is_solo or not self.slots or count >= MAX_AHEAD * self.slots:
+            return False
+        if self.is_worker:
+            return not self.unknown and self.work_s + estimate_s <= WORKER_AHEAD_S
+        if count <= self.slots:
+            return True
+        return not self.unknown and self.work_s + estimate_s <= self.window_s * self.slots
+
+    def put(self, task: Task, estimate_s: float) -> None:
+        """Record a lease."""
+        task.lane = self
+        task.estimate_s = estimate_s
+        if estimate_s == UNKNOWN:
+            self.unknown += 1
+        else:
+            self.work_s += estimate_s
+        self.leases[task.run.seq] = task
+
+    def take(self, task: Task) -> None:
+        """End a lease."""
+        del self.leases[task.run.seq]
+        task.lane = None
+        if task.estimate_s == UNKNOWN:
+            self.unknown -= 1
+        elif self.leases:
+            self.work_s -= task.estimate_s
+        else:
+            self.work_s = 0.0  # so that rounding never adds up
+
+    def __repr__(self) -> str:
+        return f"<Lane {self.name or self.peer!r} {self.state.value} {len(self.leases)}/{self.slots}>"
+
+
+class Session:
+    """One executor's tenancy at one vertex."""
+
+    __slots__ = ("busy", "ceiling", "closing", "code", "estimates", "failed", "free", "granted", "id", "lanes", "no",
+                 "opened", "orphaned_at", "peak", "peak_at", "pinned", "queue", "reconciling", "starting", "tasks", "told",
+                 "unacked", "uplink_no", "upstream", "waiting", "want", "weight", "workers")
+
+    def __init__(self, opened: Open, upstream: Peer | None, number: int) -> None:
+        self.opened = opened
+        self.id = opened.id
+        self.upstream = upstream  # None at the root, and while an orphan
+        self.uplink_no = opened.session  # the session's number on the link above
+        self.no = number  # and on the links below
+        self.weight = opened.weight
+        self.ceiling = opened.ceiling  # most slots it may use; 0: all
+        self.queue = Queue()
+        self.pinned: dict[str, Queue] = {}  # tasks for one node only
+        self.waiting: dict[int, Task] = {}  # tasks whose blobs are still on their way
+        self.tasks: dict[int, Task] = {}  # all of them, by seq
+        self.unacked: dict[int, tuple[Outcome | Lost, Lane | None]] = {}  # ended here, not yet known to the root
+        self.code: dict[int, Define] = {}
+        self.estimates: dict[int, Estimate] = {}
+        self.lanes: dict[Peer, Lane] = {}
+        self.free: OrderedDict[Lane, None] = OrderedDict()  # lanes with a free slot
+        self.granted = 0  # of our own slots, how many it may use
+        self.told = -1  # what was last offered upstream
+        self.busy = 0  # worker lanes with a lease
+        self.workers = 0  # worker lanes
+        self.starting = 0  # workers asked for and not yet ready
+        self.want = 0  # tasks waiting above for a slot here
+        self.peak = 0  # most tasks here at once, lately; keeps the share of a client that pauses for breath
+        self.peak_at = 0.0
+        self.reconciling = False  # `Held` was said; outcomes and offers wait for `Resume`
+        self.orphaned_at: float | None = None
+        self.closing = False
+        self.failed = False  # no worker can be had here
+
+    @property
+    def is_root(self) -> bool:
+        """Whether this vertex owns the session's futures."""
+        return self.uplink_no == 0
+
+    def queued(self) -> int:
+        """Count the tasks that could be leased if there were a slot."""
+        return self.queue.count + (sum(queue.count for queue in self.pinned.values()) if self.pinned else 0)
+
+    def queue_of(self, task: Task) -> Queue:
+        """Give the queue that the task belongs in."""
+        if task.run.options is None or not task.run.options.node:
+            return self.queue
+        return self.pinned.setdefault(task.run.options.node, Queue())
+
+    def next_for(self, lane: Lane) -> Task | None:
+        """Show the first task that the lane may run."""
+        task = self.queue.peek() if self.queue.count else None
+        if self.pinned and lane.name in self.pinned:
+            rival = self.pinned[lane.name].peek()
+            if rival is not None and (task is None or (-rival.priority, rival.run.seq) < (-task.priority, task.run.seq)):
+                return rival
+        return task
+
+    def forget(self, task: Task) -> None:
+        """Remove a task that is leased to nobody (any more), wherever it waits."""
+        seq = task.run.seq
+        if self.tasks.get(seq) is task:
+            del self.tasks[seq]
+        if task.queued:
+            self.queue_of(task).discard(task)
+        elif self.waiting and self.waiting.get(seq) is task:
+            del self.waiting[seq]
+
+    def estimate_of(self, fn: int) -> Estimate:
+        """Give the function's estimate, a new one if need be."""
+        known = self.estimates.get(fn)
+        if known is None:
+            known = self.estimates[fn] = Estimate()
+        return known
+
+    def __repr__(self) -> str:
+        return f"<Session {self.no} queued={self.queued()} lanes={list(self.lanes.values())!r}>"
+
+
+# ---- what a scheduler asks of the pool beneath it; decided like messages, carried out by the shell
+
+
+class StartWorker(NamedTuple):
+    """Start one more worker for the session; answered by `worker_ready` or `start_failed`."""
+
+    session: Session
+
+
+class StopWorker(NamedTuple):
+    """The worker is idle and not needed any more."""
+
+    worker: Peer
+
+
+class KillWorker(NamedTuple):
+    """End the worker with everything it started; answered by `worker_gone`."""
+
+    worker: Peer
+    reason: str
+
+
+class Revoke(NamedTuple):
+    """Write the orders `first` to `last` as revoked; 10 ms later answer with `revoked(worker, started)`."""
+
+    worker: Peer
+    first: int
+    last: int
+
+
+class EndSession(NamedTuple):
+    """Stop the session's workers and delete what it left on this machine."""
+
+    session: Session
+
+
+PoolAction = StartWorker | StopWorker | KillWorker | Revoke | EndSession

@@ -1,0 +1,354 @@
+"""Every message of the protocol, and who says it to whom.
+
+One link joins two vertices of the tree: its *upstream* end hands out tasks, its *downstream* end offers slots. Workers,
+agents, hubs and executors all speak the messages below; the three unions at the end say which of them each side may
+utter, and a decoder built from a union refuses the rest.
+
+Sessions have a number per link, chosen by its upstream end in `Open`. A task is (session, seq); (session, seq, attempt)
+names one lease of it, and never two.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+from msgspec import Struct
+
+MAX_INLINE_BYTES = 1 << 20
+"""A buffer above this travels as a blob, in chunks. Smaller: more round trips. Larger: control messages wait behind it."""
+
+
+class OutcomeKind(IntEnum):
+    """What an attempt came to."""
+
+    VALUE = 0
+    """`data` is the pickled value."""
+    ERROR = 1
+    """`data` is the pickled exception the function raised."""
+    PAYLOAD = 2
+    """The call or its outcome could not be pickled or unpickled at the worker; `data` as for ERROR."""
+    TIMEOUT = 3
+    """The attempt ran longer than `Options.timeout_s` and was ended; `data` is empty."""
+    KILLED = 4
+    """The attempt was ended because `Kill` asked for it; `data` is empty."""
+
+
+class Stream(IntEnum):
+    """One of a task's two output streams."""
+
+    STDOUT = 1
+    STDERR = 2
+
+
+class Role(IntEnum):
+    """What the end that speaks wants to be on a link."""
+
+    UPSTREAM = 1
+    DOWNSTREAM = 2
+    CONTROL = 3
+
+
+class BlobRef(Struct, frozen=True, array_like=True, gc=False):
+    """Names immutable bytes that travel apart from the message: xxh3-128 `digest` and `size_bytes`."""
+
+    digest: bytes
+    size_bytes: int
+
+
+Buffers = tuple[bytes | BlobRef, ...]
+"""The out-of-band buffers of a pickle, in its order; large ones as references."""
+
+
+class Options(Struct, frozen=True, array_like=True, gc=False):
+    """What `executor.options(...)` asked for one task, as far as vertices below the root must know it."""
+
+    timeout_s: float = 0.0  # 0: none; counted from the start of the attempt
+    priority: int = 0  # higher first, within the session
+    node: str = ""  # the only node that may run it; "": any
+    solo: bool = False  # retries=0: lease only to a free slot, flush every outcome
+
+
+class SessionSpec(Struct, frozen=True, array_like=True):
+    """What a session's workers are prepared with, fixed for its life."""
+
+    path: tuple[str, ...] = ()  # client's sys.path
+    directory: str = ""  # client's working directory; used where it exists
+    argv: tuple[str, ...] = ()
+    environ: dict[str, str] = {}  # of the machine the workers run on, then the user's env=; without the cluster secret
+    warnings: tuple[str, ...] = ()  # as -W options
+    authkey: bytes = b""  # multiprocessing's, so that managers and queues of the client can be reached
+    initializer: bytes = b""  # pickled (function, args); b"": none
+    initializer_buffers: Buffers = ()
+    max_tasks_per_child: int = 0  # 0: no limit
+    echo: bool = True
+    name: str = ""  # for logs and listings
+    env: dict[str, str] = {}  # the user's env= alone
+
+
+# ---- upstream to downstream
+
+
+class Open(Struct, frozen=True, array_like=True, tag=1):
+    """Upstream to downstream: a session begins on this link, or comes back to it with the same id and token."""
+
+    session: int
+    id: bytes  # 16 random bytes
+    token: bytes  # 16 random bytes; acts on the session need it
+    weight: float
+    ceiling: int  # most slots the session can use here; 0: all
+    spec: SessionSpec
+
+
+class Close(Struct, frozen=True, array_like=True, tag=2, gc=False):
+    """Upstream to downstream: the session is over; kill what still runs, drop everything, stop its workers."""
+
+    session: int
+
+
+class Define(Struct, frozen=True, array_like=True, tag=3, gc=False):
+    """Upstream to downstream: function number `fn` of the session, pickled. Comes once per link, before its first Run."""
+
+    session: int
+    fn: int
+    data: bytes
+    buffers: Buffers = ()
+
+
+class Run(Struct, frozen=True, array_like=True, tag=4, gc=False):
+    """Upstream to downstream: a lease. `data` is the pickled (args, kwargs)."""
+
+    session: int
+    seq: int
+    attempt: int
+    fn: int
+    data: bytes
+    buffers: Buffers = ()
+    options: Options | None = None
+
+
+class Recall(Struct, frozen=True, array_like=True, tag=5, gc=False):
+    """Upstream to downstream: give back up to `count` tasks that have not started, youngest first, as `Returned`."""
+
+    session: int
+    count: int
+
+
+class Kill(Struct, frozen=True, array_like=True, tag=6, gc=False):
+    """Upstream to downstream: end this attempt, started or not; answered by a KILLED outcome unless one is under way."""
+
+    session: int
+    seq: int
+    attempt: int
+
+
+class Ack(Struct, frozen=True, array_like=True, tag=7, gc=False):
+    """Upstream to downstream: the root has these outcomes; forget them."""
+
+    session: int
+    seqs: list[int]
+    attempts: list[int] = []  # if given, forget only outcomes of just these attempts (late ones, already superseded)
+
+
+class Want(Struct, frozen=True, array_like=True, tag=8, gc=False):
+    """Upstream to downstream: `count` more tasks are waiting for a slot (0: none any more)."""
+
+    session: int
+    count: int
+
+
+class Resume(Struct, frozen=True, array_like=True, tag=9, gc=False):
+    """Upstream to downstream, answering `Held`: end and drop the leases in `drop`, forget the outcomes in `ack`, go on."""
+
+    session: int
+    drop: list[tuple[int, int]]  # (seq, attempt)
+    ack: list[int]
+
+
+class Undefine(Struct, frozen=True, array_like=True, tag=10, gc=False):
+    """Upstream to downstream: these functions will not be named again on this link; forget them."""
+
+    session: int
+    fns: list[int]
+
+
+# ---- downstream to upstream
+
+
+class Ready(Struct, frozen=True, array_like=True, tag=20, gc=False):
+    """Worker to pool: prepared, initializer passed, one slot free."""
+
+    pid: int
+
+
+class Offer(Struct, frozen=True, array_like=True, tag=21, gc=False):
+    """Downstream to upstream: from now on up to `slots` tasks of the session may run here."""
+
+    session: int
+    slots: int
+
+
+class Outcome(Struct, frozen=True, array_like=True, tag=22, gc=False):
+    """Downstream to upstream: an attempt ended by itself. Kept below until acknowledged, except on worker links."""
+
+    session: int
+    seq: int
+    attempt: int
+    kind: OutcomeKind
+    data: bytes
+    run_ns: int  # run time of the function alone
+    buffers: Buffers = ()
+    pid: int = 0
+    ends: tuple[int, int] | None = None  # worker to pool: where its stdout and stderr stood when the task ended, if moved
+
+
+class Evidence(Struct, frozen=True, array_like=True, gc=False):
+    """What is known of a death: where, which process, how, and its last words."""
+
+    node: str
+    pid: int = 0
+    exitcode: int | None = None  # None: unknown or by signal
+    signal: int = 0
+    reason: str = ""  # one sentence
+    stderr_tail: str = ""
+
+
+class Lost(Struct, frozen=True, array_like=True, tag=23, gc=False):
+    """Downstream to upstream: an attempt that had started died with its worker. (Unstarted ones are requeued below.)"""
+
+    session: int
+    seq: int
+    attempt: int
+    evidence: Evidence
+
+
+class Returned(Struct, frozen=True, array_like=True, tag=24, gc=False):
+    """Downstream to upstream, worker to pool: these leases, (seq, attempt), certainly never started and are yours again."""
+
+    session: int
+    tasks: list[tuple[int, int]]
+
+
+class Output(Struct, frozen=True, array_like=True, tag=25, gc=False):
+    """Downstream to upstream: bytes a task wrote to one of its streams."""
+
+    session: int
+    seq: int
+    stream: Stream
+    data: bytes
+
+
+class SessionFailed(Struct, frozen=True, array_like=True, tag=26, gc=False):
+    """Downstream to upstream: no worker of the session can be had here; `data` is the pickled initializer's exception if that is why."""
+
+    session: int
+    evidence: Evidence
+    data: bytes = b""
+
+
+class Held(Struct, frozen=True, array_like=True, tag=27, gc=False):
+    """Downstream to upstream, after `Open` of a session it knows: the leases (seq, attempt) it still has; its outcomes follow `Resume`."""
+
+    session: int
+    leases: list[tuple[int, int]]
+    outcomes: list[tuple[int, int]]
+
+
+class Load(Struct, frozen=True, array_like=True, tag=28, gc=False):
+    """Downstream to upstream and to control, every few seconds: the node's state."""
+
+    slots: int
+    busy: int
+    sessions: int
+    cpu_percent: float
+    memory_free_bytes: int
+    memory_total_bytes: int
+
+
+class Bye(Struct, frozen=True, array_like=True, tag=29, gc=False):
+    """Either way: this end leaves on purpose; nothing it holds was lost in secret."""
+
+    reason: str
+
+
+# ---- either way: the link itself, and blobs
+
+
+class Ping(Struct, frozen=True, array_like=True, tag=40, gc=False):
+    """Either way: are you there? `sent_ns` is the sender's monotonic clock, for its own use."""
+
+    sent_ns: int
+
+
+class Pong(Struct, frozen=True, array_like=True, tag=41, gc=False):
+    """Either way: yes; `sent_ns` as received."""
+
+    sent_ns: int
+
+
+class Hello(Struct, frozen=True, array_like=True, tag=42, gc=False):
+    """Either way: the first message each end says once both have proved the secret."""
+
+    version: str  # of distexec
+    python: str  # "3.11"
+    platform: str  # "linux-x86_64"
+    name: str
+    incarnation: bytes  # 16 random bytes, one per process life
+    slots: int = 0  # downstream ends only
+
+
+class Fetch(Struct, frozen=True, array_like=True, tag=43, gc=False):
+    """Either way: send me this blob."""
+
+    blob: BlobRef
+
+
+class Chunk(Struct, frozen=True, array_like=True, tag=44, gc=False):
+    """Either way: `data` of the blob at `offset`, in order, at most 256 KiB."""
+
+    digest: bytes
+    offset: int
+    data: bytes
+
+
+class Credit(Struct, frozen=True, array_like=True, tag=45, gc=False):
+    """Either way: the receiver of a blob has consumed it up to `offset`; more may follow."""
+
+    digest: bytes
+    offset: int
+
+
+class Missing(Struct, frozen=True, array_like=True, tag=46, gc=False):
+    """Either way: the blob you fetched is not here (any more)."""
+
+    digest: bytes
+
+
+# ---- pool and worker: one machine
+
+
+class Segment(Struct, frozen=True, array_like=True, tag=50, gc=False):
+    """Pool to worker and back: a blob lies at `offset` of shared-memory arena number `arena`.
+
+    The arena's descriptor comes with the frame the first time the speaker names it (a worker uses a new arena per blob).
+    """
+
+    blob: BlobRef
+    arena: int
+    offset: int
+
+
+class Forget(Struct, frozen=True, array_like=True, tag=51, gc=False):
+    """Pool to worker: arena number `arena` will not be named again; close its descriptor."""
+
+    arena: int
+
+
+Shared = Ping | Pong | Hello | Bye | Fetch | Chunk | Credit | Missing
+FromUpstream = Open | Close | Define | Run | Recall | Kill | Ack | Want | Resume | Undefine | Shared
+FromDownstream = Offer | Outcome | Lost | Returned | Output | SessionFailed | Held | Load | Shared
+ToWorker = Define | Undefine | Run | Segment | Forget | Bye
+FromWorker = Ready | Outcome | Returned | SessionFailed | Segment
+"""A worker offers one slot of one session by being there, so it says less than a node."""
+FromControl = Ping | Hello | Bye
+ToControl = Hello | Load | Ping | Pong | Bye
+Message = FromUpstream | FromDownstream | Ready

@@ -1,0 +1,442 @@
+"""The agent: offers a machine's CPUs to whoever proves the secret.
+
+    executors, hubs ── Uplink ──┐                        ┌── Pool of session 1: template ── workers
+    (upstream, TLS)             ├── Dispatcher, Scheduler┤
+    `distexec nodes` ── control ┘                        └── Pool of session 2 …
+
+One pool per session, one slot per CPU, lent to the sessions by the scheduler. Rule: a session is its client's alone: it is
+opened and taken up only with its token, its workers and blobs end with it, and nobody else is told its id.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import secrets
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from hmac import compare_digest
+from types import UnionType
+from typing import TYPE_CHECKING, Any
+
+from . import __version__
+from .dispatcher import Dispatcher
+from .ledger import Session
+from .messages import (
+    Ack,
+    BlobRef,
+    Bye,
+    Define,
+    Evidence,
+    FromControl,
+    FromUpstream,
+    Load,
+    Message,
+    Open,
+    Outcome,
+    Output,
+    Resume,
+    Role,
+    Run,
+    SessionSpec,
+    Stream,
+)
+from .pool import Pool, Worker
+from .scheduler import Scheduler
+from .shipping import BlobStore
+from .stats import read_load
+from .transfers import Transfers
+from .transport import Link, Loop
+
+if TYPE_CHECKING:
+    from .auth import Secret
+    from .opening import Listener
+
+LOAD_S = 2.0
+"""How often upstream links are told the machine's load."""
+
+ORPHAN_S = 20.0
+"""How long a session outlives the connection to its client; with the kernel's notice of a dead client it ends within 30 s."""
+
+CLOSE_S = 3.0
+"""How long the workers of a finished session get to leave by themselves."""
+
+_log = logging.getLogger("distexec")
+
+
+class Uplink:
+    """One link to an executor or hub above. A port of the dispatcher."""
+
+    def __init__(self, agent: Agent, link: Link) -> None:
+        self.agent, self.link = agent, link
+        self.transfers = Transfers(link, agent.store, agent.loop.call_later)
+
+    def __repr__(self) -> str:
+        return f"<Uplink to {self.link.name}>"
+
+    def queue(self, messages: list[Message]) -> None:
+        """Put messages in line."""
+        for message in messages:
+            if isinstance(message, Outcome) and message.buffers:
+                self.agent.note_result(self, message)
+        self.link.queue(messages)
+
+    def flush(self) -> None:
+        """Write what is in line."""
+        self.link.flush()
+
+    def on_messages(self, _link: Link, messages: list[Message]) -> None:
+        """Hear what the client says: sessions and blobs are ours, the rest is the scheduler's, in order."""
+        batch: list[Message] = []
+        for message in messages:
+            if isinstance(message, Run):
+                batch.append(message)
+            elif isinstance(message, Open):
+                self._pass(batch)
+                batch = []
+                self.agent.open_session(self, message)
+            elif isinstance(message, Define) and message.buffers:
+                self.agent.expect_code(self, message)
+                batch.append(message)
+            elif isinstance(message, Bye):
+                self._pass(batch)
+                batch = []
+                self.agent.end_uplink(self, message.reason)
+            elif not self.transfers.handle(message):
+                if isinstance(message, (Ack, Resume)):
+                    self.agent.release_results(self, message)
+                batch.append(message)
+        self._pass(batch)
+
+    def _pass(self, batch: list[Message]) -> None:
+        if batch:
+            self.agent.dispatcher.receive(self, batch)
+
+    def on_closed(self, _link: Link, reason: str) -> None:
+        """Let the sessions of a client that is gone work on for a while."""
+        self.transfers.close(reason)
+        self.agent.uplink_lost(self, reason)
+
+
+class Tenancy:
+    """One session's workers and blobs here. The owner of its pool."""
+
+    def __init__(self, agent: Agent, opened: Open, uplink: Uplink) -> None:
+        self.agent, self.opened, self.uplink = agent, opened, uplink
+        self.session: Session | None = None
+        self.directory = tempfile.mkdtemp(prefix="session-", dir=agent.spool)
+        self.pool = Pool(agent.loop, _local_spec(opened.spec), self, store=agent.store, capture=True, node=agent.name)
+        self.missing: dict[int, set[bytes]] = {}  # by task or (negative) function, digests still on their way
+        self.held: dict[int, list[BlobRef]] = {}  # references that go with a task or function
+        self.results: dict[int, list[BlobRef]] = {}  # references to results not yet acknowledged
+
+    # ---- owner of the pool
+
+    def worker_ready(self, worker: Worker) -> None:
+        """Give the new worker work."""
+        worker.session = self.session
+        self.agent.dispatcher.call(self.agent.scheduler.worker_ready, worker, self.session)
+
+    def worker_said(self, worker: Worker, messages: list[Any]) -> None:
+        """Hear a worker's outcomes; what its tasks held here is not needed for them any more."""
+        if self.held:
+            for message in messages:
+                if isinstance(message, Outcome):
+                    self.release(message.seq)
+        self.agent.dispatcher.receive(worker, messages)
+
+    def worker_wrote(self, worker: Worker, seq: int, stream: Stream, data: bytes) -> None:
+        """Pass on what a task printed, before its outcome."""
+        session = self.session
+        if self.opened.spec.echo and session is not None and isinstance(session.upstream, Uplink):
+            session.upstream.link.queue([Output(session.uplink_no, seq, stream, data)])
+            session.upstream.link.flush()
+
+    def worker_gone(self, worker: Worker, evidence: Evidence) -> None:
+        """Learn that a worker died."""
+        self.agent.dispatcher.call(self.agent.scheduler.worker_gone, worker, self.session, worker.page.started, evidence)
+
+    def start_failed(self, evidence: Evidence, data: bytes) -> None:
+        """Learn that a worker never came up."""
+        self.agent.dispatcher.call(self.agent.scheduler.start_failed, self.session, evidence, data)
+
+    # ---- blobs
+
+    def is_waiting(self, run: Run) -> bool:
+        """Say whether a task must wait for blobs, its own or its function's; fetching begins. With the lock held."""
+        refs = [buffer for buffer in run.buffers if isinstance(buffer, BlobRef)]
+        if refs and run.seq not in self.held:
+            self.held[run.seq] = []
+            self.missing[run.seq] = {ref.digest for ref in refs}
+            self.agent.loop.call_soon(self._pull, run.seq, refs)
+        return bool(self.missing.get(run.seq)) or bool(self.missing.get(-run.fn))
+
+    def expect(self, definition: Define) -> None:
+        """Fetch the blobs of a function."""
+        refs = [buffer for buffer in definition.buffers if isinstance(buffer, BlobRef)]
+        if refs:
+            self.held[-definition.fn] = []
+            self.missing[-definition.fn] = {ref.digest for ref in refs}
+            self._pull(-definition.fn, refs)
+
+    def _pull(self, key: int, refs: list[BlobRef]) -> None:
+        for ref in refs:
+            self.uplink.transfers.pull(ref, lambda got: self._got(key, got),
+                                       lambda ref, reason: self._failed(key, ref, reason))
+
+    def _got(self, key: int, ref: BlobRef) -> None:
+        if key not in self.held:  # its task ended meanwhile
+            self.agent.store.release(ref)
+            return
+        self.held[key].append(ref)
+        missing = self.missing.get(key)
+        if missing is None:
+            return
+        missing.discard(ref.digest)
+        if not missing:
+            del self.missing[key]
+            self._release_waiting()
+
+    def _release_waiting(self) -> None:
+        session = self.session
+        if session is None:
+            return
+        with self.agent.dispatcher.lock:
+            ready = [seq for seq, task in session.waiting.items()
+                     if not self.missing.get(seq) and not self.missing.get(-task.run.fn)]
+        for seq in ready:
+            self.agent.dispatcher.call(lambda now, seq=seq: self.agent.scheduler.arrived(session, seq))
+
+    def _failed(self, key: int, ref: BlobRef, reason: str) -> None:
+        _log.warning("session of %s: %d bytes could not be fetched: %s", self.opened.spec.name, ref.size_bytes, reason)
+        if self.uplink.link.is_open and key in self.missing:
+            self.agent.loop.call_later(0.2, self._pull, key, [ref])
+
+    def release(self, key: int) -> None:
+        """Let go what a task or function held."""
+        for ref in self.held.pop(key, ()):
+            self.agent.store.release(ref)
+        self.missing.pop(key, None)
+
+    def end(self) -> None:
+        """Stop the workers, drop the blobs, remove the directory. Own thread: it waits for processes."""
+        self.pool.close(CLOSE_S)
+        for refs in [*self.held.values(), *self.results.values()]:
+            for ref in refs:
+                self.agent.store.release(ref)
+        self.held.clear()
+        self.results.clear()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+class Agent:
+    """One machine's agent: a listener, its sessions and their workers.
+
+    Args:
+        secret: of the cluster.
+        slots: tasks to run at once.
+        name: what the node is called everywhere.
+        spool: directory for the sessions' files; must exist and be writable.
+        on_drained: called once a drain has ended.
+    """
+
+    def __init__(self, secret: Secret, slots: int, name: str, spool: str,
+                 on_drained: Callable[[], object] | None = None) -> None:
+        from .handshake import Credentials
+        self.name, self.slots, self.spool = name, slots, spool
+        self.loop = Loop("distexec-agent")
+        self.store = BlobStore(arena_closed=self._on_arena_closed)
+        self.scheduler = Scheduler(slots, name, orphan_s=ORPHAN_S, absent=self._is_absent)
+        self.dispatcher = Dispatcher(self.loop, self.scheduler, on_session_end=self._on_session_end)
+        self.tenancies: dict[bytes, Tenancy] = {}
+        self.listeners: list[Listener] = []
+        self._by_session: dict[Session, Tenancy] = {}
+        self._uplinks: set[Uplink] = set()
+        self._controls: set[Link] = set()
+        self._ending: set[threading.Thread] = set()
+        self._on_drained = on_drained
+        self._drain_by: float | None = None
+        python = f"{sys.version_info.major}.{sys.version_info.minor}"
+        self._credentials = Credentials(secret, name, secrets.token_bytes(16), python, __version__,
+                                        platform=f"{sys.platform}-{platform.machine()}", slots=slots)
+
+    # ---- life
+
+    def start(self, addresses: Sequence[tuple[str, int]]) -> None:
+        """Listen on the addresses. Raises OSError, naming the address and the remedy, if one cannot be had."""
+        from .tls import make_server_context
+        context = make_server_context()
+        for address in addresses:
+            self.listeners.append(self.loop.listen(address, self._credentials, context, self._accept))
+        self.loop.start()
+        self.dispatcher.start()
+        self.loop.call_later(LOAD_S, self._tell_load)
+
+    def drain(self, deadline_s: float) -> None:
+        """Take nothing more, give back what has not started, wait for what runs, at most `deadline_s`. Any thread."""
+        self.loop.call_soon(self._begin_drain, deadline_s)
+
+    def _begin_drain(self, deadline_s: float) -> None:
+        if self._drain_by is not None:
+            return
+        self._drain_by = time.monotonic() + deadline_s
+        for listener in self.listeners:
+            listener.close()
+        self.dispatcher.call(self.scheduler.start_drain)
+        self._look_drained()
+
+    def _look_drained(self) -> None:
+        with self.dispatcher.lock:
+            left = sum(len(session.tasks) + (len(session.unacked) if session.upstream is not None else 0)
+                       for session in self.scheduler.sessions)
+        assert self._drain_by is not None
+        if left and time.monotonic() < self._drain_by:
+            self.loop.call_later(0.05, self._look_drained)
+        elif self._on_drained is not None:
+            self._on_drained()
+
+    def close(self, reason: str = "the agent was stopped") -> None:
+        """Say goodbye, end all workers, close everything. Not on the I/O thread."""
+        for uplink in list(self._uplinks):
+            uplink.link.send([Bye(reason)])
+        for session in list(self.scheduler.sessions):
+            self.dispatcher.call(self.scheduler.close_session, session)
+        self.dispatcher.close()
+        for thread in list(self._ending):
+            thread.join()
+        self.loop.stop()
+        self.store.close()
+
+    # ---- links
+
+    def _accept(self, link: Link) -> tuple[UnionType, Any, Any] | None:
+        if link.role is Role.CONTROL:
+            self._controls.add(link)
+            self.loop.call_soon(link.send, [self._load()])
+            return FromControl, _ignore, lambda link, _reason: self._controls.discard(link)
+        if link.role is not Role.UPSTREAM or self._drain_by is not None:
+            return None
+        uplink = Uplink(self, link)
+        self._uplinks.add(uplink)
+        _log.info("%s connected from %s", link.hello.name if link.hello else "a client", link.name)
+        return FromUpstream, uplink.on_messages, uplink.on_closed
+
+    def uplink_lost(self, uplink: Uplink, reason: str) -> None:
+        """Keep the sessions of a lost link for a while."""
+        self._uplinks.discard(uplink)
+        _log.info("connection to %s ended: %s", uplink.link.name, reason)
+        self.dispatcher.call(self.scheduler.upstream_lost, uplink)
+
+    def end_uplink(self, uplink: Uplink, reason: str) -> None:
+        """A client leaves on purpose: its sessions end now."""
+        _log.info("%s leaves: %s", uplink.link.name, reason)
+        for session in [each for each in self.scheduler.sessions if each.upstream is uplink]:
+            self.dispatcher.call(self.scheduler.close_session, session)
+
+    def _tell_load(self) -> None:
+        load = self._load()
+        for uplink in self._uplinks:
+            uplink.link.send([load])
+        self.loop.call_later(LOAD_S, self._tell_load)
+
+    def _load(self) -> Load:
+        with self.dispatcher.lock:
+            sessions = self.scheduler.sessions
+            return read_load(self.scheduler.slots, sum(session.busy for session in sessions), len(sessions))
+
+    # ---- sessions
+
+    def open_session(self, uplink: Uplink, opened: Open) -> None:
+        """Begin a session, or take it up again for the one who has its token."""
+        tenancy = self.tenancies.get(opened.id)
+        if tenancy is not None and not compare_digest(tenancy.opened.token, opened.token):
+            _log.warning("%s named a session without its token; the connection is closed", uplink.link.name)
+            uplink.link.close("wrong session token")
+            return
+        if tenancy is None:
+            tenancy = self.tenancies[opened.id] = Tenancy(self, opened, uplink)
+            _log.info("session of %s begins", opened.spec.name)
+        tenancy.uplink = uplink
+        self.dispatcher.call(self._open, tenancy, opened, uplink)
+
+    def _open(self, tenancy: Tenancy, opened: Open, uplink: Uplink, now: float) -> None:
+        session = self.scheduler.open_session(opened, uplink, now)
+        tenancy.session = session
+        self._by_session[session] = tenancy
+        self.dispatcher.staff[session] = tenancy.pool
+
+    def _on_session_end(self, session: Session) -> None:
+        tenancy = self._by_session.pop(session, None)
+        self.dispatcher.staff.pop(session, None)
+        if tenancy is None:
+            return
+        self.tenancies.pop(tenancy.opened.id, None)
+        _log.info("session of %s ends", tenancy.opened.spec.name)
+        thread = threading.Thread(target=self._end, args=(tenancy,), name="distexec-session-end")
+        self._ending.add(thread)
+        thread.start()
+
+    def _end(self, tenancy: Tenancy) -> None:
+        try:
+            tenancy.end()
+        finally:
+            self._ending.discard(threading.current_thread())
+
+    # ---- blobs
+
+    def _is_absent(self, run: Run) -> bool:
+        tenancy = next((each for each in self.tenancies.values()
+                        if each.session is not None and each.session.no == run.session
+                        and each.session.tasks.get(run.seq) is not None
+                        and each.session.tasks[run.seq].run is run), None)
+        return tenancy is not None and tenancy.is_waiting(run)
+
+    def expect_code(self, uplink: Uplink, definition: Define) -> None:
+        """Fetch the blobs of a large function."""
+        for tenancy in self.tenancies.values():
+            if tenancy.uplink is uplink and tenancy.opened.session == definition.session:
+                tenancy.expect(definition)
+
+    def note_result(self, uplink: Uplink, outcome: Outcome) -> None:
+        """Remember the blobs of a result until the root has it."""
+        refs = [buffer for buffer in outcome.buffers if isinstance(buffer, BlobRef)]
+        tenancy = self._tenancy(uplink, outcome.session)
+        if refs and tenancy is not None:
+            tenancy.results[outcome.seq] = refs
+
+    def release_results(self, uplink: Uplink, message: Ack | Resume) -> None:
+        """Let go the blobs of results that the root has."""
+        tenancy = self._tenancy(uplink, message.session)
+        if tenancy is not None and tenancy.results:
+            for seq in message.seqs if isinstance(message, Ack) else message.ack:
+                for ref in tenancy.results.pop(seq, ()):
+                    self.store.release(ref)
+
+    def _tenancy(self, uplink: Uplink, number: int) -> Tenancy | None:
+        return next((each for each in self.tenancies.values()
+                     if each.uplink is uplink and each.session is not None and each.session.uplink_no == number), None)
+
+    def _on_arena_closed(self, number: int) -> None:
+        for tenancy in list(self.tenancies.values()):
+            tenancy.pool.forget_arena(number)
+
+
+def _ignore(_link: Link, _messages: list[Message]) -> None:
+    """A control link's peer has nothing to say that needs an answer; its pings are answered by the transport."""
+
+
+def _local_spec(spec: SessionSpec) -> SessionSpec:
+    """Make a client's description of itself fit this machine: its own environment, and the paths that exist here too."""
+    environ = {**os.environ, **spec.env}
+    environ.pop("DISTEXEC_SECRET", None)
+    directory = spec.directory if os.path.isdir(spec.directory) else ""
+    extra = [entry or directory for entry in spec.path]
+    path = [entry for entry in extra if entry and entry not in sys.path and os.path.exists(entry)]
+    return SessionSpec(tuple(path) + tuple(entry for entry in sys.path if entry), directory, spec.argv, environ, spec.warnings,
+                       spec.authkey, spec.initializer, spec.initializer_buffers, spec.max_tasks_per_child, spec.echo,
+                       spec.name, spec.env)

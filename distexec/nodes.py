@@ -1,0 +1,282 @@
+"""The upstream end's view of one node: dialling, redialling, believing it dead.
+
+    connecting ──► up ──link lost──► suspended ──same incarnation──► up
+        ▲  │                             ├── three refusals, or another incarnation: lost at once (proof)
+        │  └──► refused (secret, version)└── silent for node_timeout: lost (the scheduler's clock)
+
+Rule: a node keeps its identity through every reconnect, so that the scheduler can reconcile; what is believed dead is
+said once, and dialling goes on, for machines come back.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from enum import Enum
+from typing import TYPE_CHECKING, Any, Protocol
+
+from .dispatcher import Dispatcher
+from .errors import AuthenticationFailed, IncompatibleNode
+from .ledger import NODE_AHEAD_S
+from .messages import (
+    BlobRef,
+    Bye,
+    Evidence,
+    FromDownstream,
+    Hello,
+    Load,
+    Lost,
+    Message,
+    Offer,
+    Outcome,
+    Output,
+    Ping,
+    Pong,
+    Role,
+)
+from .shipping import BlobStore
+from .transfers import Transfers
+from .transport import HEARTBEAT_S, Link
+
+if TYPE_CHECKING:
+    from .handshake import Credentials
+
+REDIAL_S = 0.15
+"""Pause between the dials that prove a node dead; three refusals must fit into half a second (DESIGN §6)."""
+
+REDIAL_MAX_S = 5.0
+"""Longest pause between dials of a node that does not answer."""
+
+REFUSALS_FOR_PROOF = 3
+
+
+class NodeState(Enum):
+    """How a node stands with us."""
+
+    CONNECTING = "connecting"
+    UP = "up"
+    SUSPENDED = "suspended"
+    REFUSED = "refused"
+    LEAVING = "leaving"
+
+
+class NodeOwner(Protocol):
+    """Who is told what a node says or becomes, on the I/O thread."""
+
+    def node_changed(self, node: Node) -> object:
+        """Learn that the node's state is another."""
+
+    def node_wrote(self, node: Node, output: Output) -> object:
+        """Learn what a task of ours printed there."""
+
+
+class Node:
+    """One node named by the user, and the link to it. A port of the dispatcher."""
+
+    def __init__(self, address: str, resolve: Callable[[], Sequence[tuple[Any, ...]]], dispatcher: Dispatcher,
+                 credentials: Credentials, store: BlobStore, owner: NodeOwner, node_timeout_s: float) -> None:
+        self.address = address
+        self.state = NodeState.CONNECTING
+        self.hello: Hello | None = None
+        self.load: Load | None = None
+        self.error: Exception | None = None  # why the last dial failed
+        self.problem = ""  # why it cannot run our session though it is up
+        self.link: Link | None = None
+        self._resolve, self._dispatcher, self._credentials, self._store = resolve, dispatcher, credentials, store
+        self._owner = owner
+        self._loop = dispatcher.loop
+        self._node_timeout_s = node_timeout_s
+        self._ping_s = min(HEARTBEAT_S, node_timeout_s / 3)
+        self._pinged_at = 0.0
+        self._dial: Any = None
+        self._transfers: Transfers | None = None
+        self._is_known = False  # the scheduler has (or may have) a lane for it
+        self._failures = 0
+        self._refusals = 0
+        self._has_said_bye = False
+
+    @property
+    def name(self) -> str:
+        """The name the node gave itself; its address until then."""
+        return self.hello.name if self.hello is not None else self.address
+
+    def __repr__(self) -> str:
+        return f"<Node {self.name!r} at {self.address}: {self.state.value}>"
+
+    # ---- port of the dispatcher
+
+    def queue(self, messages: list[Message]) -> None:
+        """Put messages in line; while the link is down they are dropped, and reconciled when it returns."""
+        link = self.link
+        if link is not None:
+            link.queue(messages)
+
+    def flush(self) -> None:
+        """Write what is in line."""
+        link = self.link
+        if link is not None:
+            link.flush()
+
+    # ---- life
+
+    def start(self) -> None:
+        """Begin to dial, and to watch for silence."""
+        self._loop.run_here(self._redial)
+        self._loop.call_later(self._ping_s, self._watch)
+
+    def leave(self, reason: str) -> None:
+        """Say goodbye and dial no more. I/O thread."""
+        self.state = NodeState.LEAVING
+        if self._dial is not None:
+            self._dial.cancel()
+        if self.link is not None:
+            self.link.send([Bye(reason)])
+            self.link.close(reason)
+
+    def _redial(self) -> None:
+        if self.state in (NodeState.LEAVING, NodeState.UP):
+            return
+        try:
+            addresses = self._resolve()
+        except ValueError as error:
+            self._on_failed(error)
+            return
+        self._dial = self._loop.dial(addresses, Role.UPSTREAM, self._credentials, FromDownstream, self._on_open,
+                                     self._on_failed, self._on_messages, self._on_closed)
+
+    def _on_open(self, link: Link) -> None:
+        hello = link.hello
+        assert hello is not None, "a link opens after both Hellos"
+        if self.state is NodeState.LEAVING:
+            link.close("not needed any more")
+            return
+        if self._is_known and self.hello is not None and self.hello.incarnation != hello.incarnation:
+            self._lose("it came back as a new process; what it ran before is gone")
+        self.hello, self.link, self.error, self.problem = hello, link, None, ""
+        self._failures = self._refusals = 0
+        self._has_said_bye = False
+        self._transfers = Transfers(link, self._store, self._loop.call_later)
+        self._set(NodeState.UP)
+        self._is_known = True
+        self._dispatcher.call(lambda now: self._dispatcher.scheduler.node_joined(self, hello.name, NODE_AHEAD_S))
+
+    def _on_failed(self, error: Exception) -> None:
+        self.error = error
+        self._failures += 1
+        if isinstance(error, (AuthenticationFailed, IncompatibleNode)):
+            if self._is_known:
+                self._lose(f"it refuses us now: {error}")
+            self._set(NodeState.REFUSED)
+        elif self.state is NodeState.REFUSED:
+            self._set(NodeState.CONNECTING)
+        self._refusals = self._refusals + 1 if isinstance(error, ConnectionRefusedError) else 0
+        if self._is_known and self._refusals >= REFUSALS_FOR_PROOF:
+            self._lose("its process is gone: the machine answers, but nobody listens there any more")
+        self._owner.node_changed(self)
+        self._loop.call_later(self._pause_s(), self._redial)
+
+    def _pause_s(self) -> float:
+        if self._is_known:
+            return REDIAL_S
+        return float(min(REDIAL_MAX_S, 0.2 * 1.6 ** min(self._failures, 12)) * random.uniform(0.7, 1.0))
+
+    def _on_closed(self, link: Link, reason: str) -> None:
+        if link is not self.link:
+            return
+        self.link = None
+        if self._transfers is not None:
+            self._transfers.close(reason)
+        if self.state is NodeState.LEAVING:
+            return
+        if self._has_said_bye:
+            self._lose("it was stopped")
+        else:
+            heard_at = link.last_heard
+            self._dispatcher.call(lambda now: self._dispatcher.scheduler.node_suspended(self, heard_at))
+        self._set(NodeState.SUSPENDED if self._is_known else NodeState.CONNECTING)
+        self._refusals = 0
+        self._redial()
+
+    def _lose(self, reason: str) -> None:
+        self._is_known = False
+        evidence = Evidence(self.name, reason=f"node {self.name!r}: {reason}")
+        self._dispatcher.call(lambda now: self._dispatcher.scheduler.node_lost(self, evidence, now))
+        if self.state is NodeState.SUSPENDED:
+            self._set(NodeState.CONNECTING)
+
+    def _set(self, state: NodeState) -> None:
+        if state is not self.state:
+            self.state = state
+            self._owner.node_changed(self)
+
+    def _watch(self) -> None:
+        """Ask a quiet node for a sign of life; take one that gives none for three intervals for cut off."""
+        if self.state is NodeState.LEAVING:
+            return
+        self._loop.call_later(self._ping_s, self._watch)
+        link = self.link
+        if link is None:
+            return
+        silent_s = time.monotonic() - link.last_heard
+        if silent_s > 3 * self._ping_s + 0.5:
+            link.close(f"node {self.name!r} was silent for {silent_s:.1f} s")
+            self._on_closed(link, "silence")
+        elif silent_s > self._ping_s * 0.8:
+            link.send([Ping(time.monotonic_ns())])
+        if link.rtt_s is not None:
+            window_s = max(NODE_AHEAD_S, 2 * link.rtt_s)
+            self._dispatcher.call(lambda now: self._dispatcher.scheduler.set_window(self, window_s))
+
+    # ---- what it says
+
+    def _on_messages(self, link: Link, messages: list[Message]) -> None:
+        if link is not self.link:
+            return
+        passed: list[Message] = []
+        has_offer = False
+        for message in messages:
+            if isinstance(message, Outcome):
+                if not message.buffers or not self._fetch(message):
+                    passed.append(message)
+            elif not self._keep(message):
+                has_offer = has_offer or isinstance(message, Offer)
+                passed.append(message)
+        if passed:
+            self._dispatcher.receive(self, passed)
+        if has_offer:
+            self._owner.node_changed(self)
+
+    def _keep(self, message: Message) -> bool:
+        """Take what is not the scheduler's."""
+        if isinstance(message, Output):
+            self._owner.node_wrote(self, message)
+        elif isinstance(message, Load):
+            self.load = message
+        elif isinstance(message, Bye):
+            self._has_said_bye = True
+        elif self._transfers is None or not self._transfers.handle(message):
+            return isinstance(message, (Ping, Pong, Hello))
+        return True
+
+    def _fetch(self, outcome: Outcome) -> bool:
+        """Pull an outcome's blobs before the scheduler hears of it: until then the node still holds the lease."""
+        refs = [ref for ref in outcome.buffers if isinstance(ref, BlobRef)]
+        if not refs or self._transfers is None:
+            return False
+        left = len(refs)
+
+        def on_done(_ref: BlobRef) -> None:
+            nonlocal left
+            left -= 1
+            if not left:
+                self._dispatcher.receive(self, [outcome])
+
+        def on_failed(ref: BlobRef, reason: str) -> None:
+            if self.link is not None:  # else the outcome is said again once the link is back
+                evidence = Evidence(self.name, reason=f"its result ({ref.size_bytes} bytes) could not be fetched: {reason}")
+                self._dispatcher.receive(self, [Lost(outcome.session, outcome.seq, outcome.attempt, evidence)])
+
+        for ref in refs:
+            self._transfers.pull(ref, on_done, on_failed)
+        return True

@@ -1,0 +1,290 @@
+"""Which task goes to which lane: leasing, prefetching, taking back, staffing.
+
+The one place where tasks move between a session's queue and its lanes, so that the indexes kept beside them (free lanes,
+busy workers, windows) are right after every move. Pure. Rule: if a task may run now and a slot is free, `fill` hands it out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from .ledger import (
+    ABANDONED,
+    UNKNOWN,
+    KillWorker,
+    Lane,
+    LaneState,
+    Peer,
+    PoolAction,
+    Revoke,
+    Session,
+    StartWorker,
+    StopWorker,
+    Task,
+)
+from .messages import Message, Recall, Returned, Run, Want
+
+OVERDUE_S = 0.005
+"""How long a worker may be at one task with work behind it, before that work is taken back. Smaller: short stalls cost
+revocations. Larger: tasks wait behind a long one while a slot is idle."""
+
+STALE_S = 0.020
+"""How long a node may be silent with work beyond its slots before another's idle slot claims it; about one window."""
+
+
+class Placement:
+    """Moves tasks; what is to be said about it collects in `out` (peer, message) and `pool` (actions), in order."""
+
+    def __init__(self, claim: Callable[[Task], bool] | None) -> None:
+        self.out: list[tuple[Peer, Message]] = []
+        self.pool: list[PoolAction] = []
+        self.draining = False
+        self._claim = claim
+
+    # ---- handing out
+
+    def submit(self, session: Session, task: Task) -> None:
+        """Take in one new task at the root: to a free slot if nothing waits before it, else into the queue."""
+        if session.free and not session.queue.count and task.run.options is None:
+            lane = self._free_lane(session)
+            if lane is not None:
+                if task.claimed or self._is_wanted(task):
+                    self._lease(task, lane)
+                return
+        queue = session.queue_of(task)
+        queue.push(task)
+        if queue.count == 1:  # behind a longer queue every lane is at its window already, and each outcome looks again
+            self.fill(session)
+        elif session.workers + session.starting < session.granted:
+            self._staff(session)
+
+    def fill(self, session: Session, touched: Iterable[Lane] | None = None) -> None:
+        """Hand out all that may run now: to free slots first, then into the windows of `touched` lanes (None: of all)."""
+        queue = session.queue
+        while queue.count and session.free:
+            lane = self._free_lane(session)
+            if lane is None:
+                break
+            self._hand_out(session.next_for(lane), lane)
+        if session.pinned:
+            self._fill_pinned(session)
+        if queue.count or session.pinned:
+            for lane in list(session.lanes.values()) if touched is None else touched:
+                self._fill_ahead(session, lane)
+        if session.workers + session.starting < session.granted:
+            self._staff(session)
+        self.tell_want(session)
+
+    def _free_lane(self, session: Session) -> Lane | None:
+        """Pick a lane with a free slot: the worker that ended last (its caches are warm), nodes in turn."""
+        for lane in reversed(session.free):
+            if not lane.is_worker:
+                session.free.move_to_end(lane, last=False)
+                return lane
+            if session.busy < session.granted:
+                return lane
+            if len(session.lanes) == session.workers:
+                return None
+        return None
+
+    def _fill_pinned(self, session: Session) -> None:
+        for lane in list(session.free):
+            queue = session.pinned.get(lane.name)
+            while queue and lane.is_free() and not (lane.is_worker and session.busy >= session.granted):
+                self._hand_out(session.next_for(lane), lane)
+        for name in [name for name, queue in session.pinned.items() if not queue.count]:
+            del session.pinned[name]
+
+    def _fill_ahead(self, session: Session, lane: Lane) -> None:
+        if not lane.leases or lane.state is not LaneState.ACTIVE or lane.revoke_end is not None or lane.remaining:
+            return
+        while (task := session.next_for(lane)) is not None:
+            estimate = session.estimates.get(task.run.fn)
+            if not lane.has_room(UNKNOWN if estimate is None else estimate.value_s, task.is_solo):
+                return
+            self._hand_out(task, lane)
+
+    def _hand_out(self, task: Task | None, lane: Lane) -> None:
+        assert task is not None, "fill asks only while something is queued"
+        session = lane.session
+        (session.queue if task.run.options is None else session.queue_of(task)).pop()
+        if task.claimed or self._is_wanted(task):
+            self._lease(task, lane)
+
+    def _is_wanted(self, task: Task) -> bool:
+        """Ask the owner, once, whether the task may still run; a withdrawn one leaves without a word."""
+        task.claimed = self._claim is None or self._claim(task)
+        if not task.claimed:
+            task.session.forget(task)
+        return task.claimed
+
+    def _lease(self, task: Task, lane: Lane) -> None:
+        session = lane.session
+        run = task.run
+        if task.renew:
+            task.renew = False
+            run = task.run = Run(run.session, run.seq, run.attempt + 1, run.fn, run.data, run.buffers, run.options)
+        fn = run.fn
+        if fn not in lane.defined and fn in session.code:
+            lane.defined.add(fn)
+            self.out.append((lane.peer, session.code[fn]))
+        estimate = session.estimates.get(fn)
+        lane.put(task, UNKNOWN if estimate is None else estimate.value_s)
+        task.node = lane.name
+        if lane.is_worker:
+            self._count_lease(session, lane, task)
+        if len(lane.leases) >= lane.slots:
+            session.free.pop(lane, None)
+        self.out.append((lane.peer, run))
+
+    def _count_lease(self, session: Session, lane: Lane, task: Task) -> None:
+        lane.sent += 1
+        task.order = lane.sent
+        if len(lane.leases) == 1:
+            session.busy += 1
+        if lane.remaining:
+            lane.remaining -= 1
+            if not lane.remaining:
+                lane.state = LaneState.DRAINING
+
+    def adopt(self, task: Task, lane: Lane) -> None:
+        """Record that a node still holds a queued task it was leased before."""
+        session = lane.session
+        session.queue_of(task).discard(task)
+        task.renew = False
+        lane.put(task, session.estimate_of(task.run.fn).value_s)
+        if len(lane.leases) >= lane.slots:
+            session.free.pop(lane, None)
+
+    # ---- taking back
+
+    def unlease(self, task: Task) -> None:
+        """End a lease; the task is nowhere until the caller puts it somewhere."""
+        lane = task.lane
+        assert lane is not None, "only a leased task can be unleased"
+        lane.take(task)
+        if lane.is_worker and not lane.leases:
+            lane.session.busy -= 1
+            if lane.state is LaneState.DRAINING:  # it has run its last task (max_tasks_per_child)
+                self.drop_lane(lane)
+                self.pool.append(StopWorker(lane.peer))
+                return
+        self.reindex(lane)
+
+    def reindex(self, lane: Lane) -> None:
+        """Put a lane among the free ones, or take it out."""
+        if lane.is_free():
+            lane.session.free[lane] = None
+        else:
+            lane.session.free.pop(lane, None)
+
+    def drop_lane(self, lane: Lane) -> None:
+        """Forget a lane; the caller knows what becomes of its leases."""
+        session = lane.session
+        session.lanes.pop(lane.peer, None)
+        session.free.pop(lane, None)
+        lane.slots = 0
+        if lane.is_worker:
+            session.workers -= 1
+            session.busy -= bool(lane.leases)
+
+    def requeue(self, task: Task) -> None:
+        """Put back, before its equals and uncharged, a task that certainly never ran."""
+        session = task.session
+        task.lane = None
+        task.renew = session.is_root
+        if not session.is_root and (self.draining or session.failed):
+            self.give_back(session, [task])
+        else:
+            session.queue_of(task).push_front(task)
+
+    def give_back(self, session: Session, tasks: list[Task]) -> None:
+        """Return queued or just unleased tasks to the vertex above; while it is away, its next `Open` tells it."""
+        for task in tasks:
+            session.forget(task)
+        if tasks and session.upstream is not None:
+            self.out.append((session.upstream,
+                             Returned(session.uplink_no, [(t.run.seq, t.run.attempt) for t in tasks])))
+
+    def revoke(self, lane: Lane, first: int) -> None:
+        """Begin to take back what a worker has not started, from order `first` on; one revocation at a time."""
+        if lane.revoke_range is not None or lane.revoke_end is not None or first > lane.sent:
+            return  # the end of the present one looks at every doomed task again
+        last = next(reversed(lane.leases.values()))
+        lane.revoke_range = (first, lane.sent)
+        lane.revoke_end = (last.run.seq, last.run.attempt)
+        lane.session.free.pop(lane, None)
+        self.pool.append(Revoke(lane.peer, first, lane.sent))
+
+    def taken_back(self, lane: Lane, started: int) -> list[Task]:
+        """End a revocation: give the tasks that the worker had not started, youngest first; end it if it runs a doomed one."""
+        assert lane.revoke_range is not None
+        first, last = lane.revoke_range
+        lane.revoke_range = None
+        back = [task for task in lane.leases.values() if first <= task.order <= last and task.order > started]
+        for task in reversed(back):
+            self.unlease(task)
+        self.end_doomed(lane, started)
+        return back[::-1]
+
+    def end_doomed(self, lane: Lane, started: int) -> None:
+        """Go on with doomed tasks a worker still has: end the worker if it runs one, take back those it has not begun."""
+        for task in list(lane.leases.values()):
+            if task.doom is not None and task.order == started:
+                self.pool.append(KillWorker(lane.peer, f"task {task.run.seq} was to end"))
+                return
+        waiting = [task.order for task in lane.leases.values() if task.doom is not None and task.order > started]
+        if waiting:
+            self.revoke(lane, min(waiting))
+
+    def passed_revocation(self, lane: Lane, seq: int, attempt: int) -> None:
+        """Learn that a worker is past (seq, attempt): with the last revoked task, it may be given work again."""
+        if lane.revoke_end == (seq, attempt):
+            lane.revoke_end = None
+            self.reindex(lane)
+            doomed = [task.order for task in lane.leases.values() if task.doom is not None]
+            if doomed:
+                self.revoke(lane, min(doomed))
+
+    def abandon(self, task: Task) -> None:
+        """End a superseded attempt without a word."""
+        lane = task.lane
+        task.session.forget(task)
+        task.doom = ABANDONED
+        if lane is not None:
+            assert lane.is_worker, "hubs pass Resume on before they let a newer attempt in"
+            self.revoke(lane, task.order)
+
+    def recall_for_idle(self, session: Session, now: float) -> None:
+        """Ask back, for idle slots, what a silent node holds beyond its own."""
+        if session.queue.count or not session.free:
+            return
+        idle = sum(lane.slots - len(lane.leases) for lane in session.free)
+        for lane in session.lanes.values():
+            ahead = len(lane.leases) - lane.slots
+            if idle > 0 and not lane.is_worker and ahead > 0 and now - lane.since > STALE_S:
+                lane.since = now
+                self.out.append((lane.peer, Recall(session.no, min(idle, ahead))))
+                idle -= ahead
+
+    # ---- asking for slots
+
+    def tell_want(self, session: Session) -> None:
+        """Tell nodes, when it changes, whether more tasks wait than they offer slots."""
+        if len(session.lanes) == session.workers:
+            return
+        waiting = session.queued() or session.want
+        for lane in session.lanes.values():
+            if not lane.is_worker and lane.wanted != bool(waiting) and lane.state is LaneState.ACTIVE:
+                lane.wanted = bool(waiting)
+                self.out.append((lane.peer, Want(session.no, waiting)))
+
+    def _staff(self, session: Session) -> None:
+        """Ask for workers while tasks wait that no idle one can take."""
+        if session.failed or session.closing:
+            return
+        idle = session.workers - session.busy
+        need = min(session.granted - session.workers, session.queued() - idle) - session.starting
+        for _ in range(need):
+            session.starting += 1
+            self.pool.append(StartWorker(session))

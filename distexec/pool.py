@@ -1,0 +1,495 @@
+"""Keeps the worker processes of one session on this machine; runs in the client in local mode, else in an agent.
+
+    owner ── start_worker, stop_worker, kill_worker, worker.queue ──► Pool ── starters ──► processes
+          ◄── worker_ready, _said, _wrote, _gone, start_failed ──          ◄── links ──
+
+The rule: for every worker asked for, the owner hears either `start_failed`, or `worker_ready` and in the end exactly
+one `worker_gone`, which comes after everything the worker managed to send and with all that is known of its death. The
+owner is called on the I/O thread. After `close` no process, descriptor or shared memory of the pool is left.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import socket
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.context import BaseContext
+from typing import Any, Protocol, cast
+
+from distexec.errors import describe_exit
+from distexec.messages import (
+    BlobRef,
+    Buffers,
+    Bye,
+    Define,
+    Evidence,
+    Forget,
+    FromWorker,
+    Message,
+    Outcome,
+    Ready,
+    Returned,
+    Run,
+    Segment,
+    SessionFailed,
+    SessionSpec,
+    Stream,
+)
+from distexec.shipping import BlobStore
+from distexec.starters import Call, ContextStarter, Exit, Starter, TemplateStarter, drain
+from distexec.transport import Link, Loop
+from distexec.worker import PAGE_BYTES, WorkerPage, shared_file
+
+FORCE_S = 1.0
+"""For a worker that closed its link to end. Longer: a slot is missing so long. Shorter: a core dump may be cut off."""
+
+LIVE_S = 0.1
+"""Between two looks at what running tasks print."""
+
+WROTE_BYTES = 256 << 10
+"""The most bytes of output handed over at once, so that they fit a message."""
+
+TAIL_BYTES = 4096
+"""Of stderr, kept as evidence of a death."""
+
+SPENT_BYTES = 1 << 20
+"""Of output already read, after which its memory is given back."""
+
+_PLAIN = {Outcome, Returned}
+
+
+class Owner(Protocol):
+    """Who a pool's events are for. All methods are called on the I/O thread and must not block."""
+
+    def worker_ready(self, worker: Worker) -> object:
+        """It passed its initializer and may be sent tasks."""
+
+    def worker_said(self, worker: Worker, messages: list[Any]) -> object:
+        """Outcome and Returned messages, in order; their blobs are in the store, one reference each for the owner."""
+
+    def worker_wrote(self, worker: Worker, seq: int, stream: Stream, data: bytes) -> object:
+        """Task `seq` printed this; comes before the task's outcome. Only where output is captured."""
+
+    def worker_gone(self, worker: Worker, evidence: Evidence) -> object:
+        """A worker that was ready has ended, and everything it sent was delivered."""
+
+    def start_failed(self, evidence: Evidence, data: bytes) -> object:
+        """A worker ended before it was ready; `data`: the packed exception if its initializer or starting it raised."""
+
+
+class Worker:
+    """A worker process as its pool sees it.
+
+    Attributes: `number` (from 1, in the pool), `pid` (0 until known), `link`, `page`, `orders` (how many Runs were
+    queued: the order of the last), `is_ready`, `is_stopping`.
+    """
+
+    def __init__(self, number: int, store: BlobStore, page: WorkerPage, output: _Output | None,
+                 on_run: Callable[[], object]) -> None:
+        self.number, self.page = number, page
+        self.pid = self.orders = 0
+        self.is_ready = self.is_stopping = False
+        self.link: Link = cast("Link", None)  # set at once by the pool; a link needs us for its callbacks
+        self.output = output
+        self._on_run = on_run  # called after Runs were queued, if output is captured
+        self._store = store
+        self._arenas: set[int] = set()  # whose descriptors it was given
+        self._kept: list[BlobRef] = []  # of its functions: mapped there for as long as it lives
+        # The pool's, on the I/O thread:
+        self.exit: Exit | None = None
+        self.is_closed = False
+        self.kill_reason = ""
+        self.failure: SessionFailed | None = None
+        self.unclaimed: dict[bytes, BlobRef] = {}  # blobs it announced, whose outcome has not come yet
+
+    def __repr__(self) -> str:
+        state = "gone" if self.exit else "stopping" if self.is_stopping else "ready" if self.is_ready else "starting"
+        return f"<Worker {self.number}: pid {self.pid}, {state}, {self.orders} runs, {self.page.started} started>"
+
+    def queue(self, messages: Sequence[Message]) -> None:
+        """Put messages in line; blobs that they refer to go ahead. Callers see to it that no two do this at once.
+
+        Raises KeyError if a blob is not in the store, OSError if a descriptor cannot be passed on.
+        """
+        output = self.output
+        for message in messages:
+            kind = type(message)
+            if kind is Run:
+                self.orders += 1
+                if output is not None:
+                    output.expect(message.seq)  # type: ignore[union-attr]
+                if message.buffers:  # type: ignore[union-attr]
+                    self._announce(message.buffers)  # type: ignore[union-attr]
+            elif kind is Define and message.buffers:  # type: ignore[union-attr]
+                self._keep(message.buffers)  # type: ignore[union-attr]
+        self.link.queue(messages)
+        if output is not None and output.is_expecting:
+            self._on_run()
+
+    def flush(self) -> None:
+        """Send what is queued. Any thread."""
+        self.link.flush()
+
+    def _announce(self, buffers: Buffers) -> None:
+        for ref in buffers:
+            if type(ref) is BlobRef:
+                fd, offset, _, arena = self._store.segment(ref)
+                fds = () if arena in self._arenas else (fd,)
+                self._arenas.add(arena)
+                self.link.queue([cast("Any", Segment(ref, arena, offset))], fds)
+
+    def _keep(self, buffers: Buffers) -> None:
+        for ref in buffers:
+            if type(ref) is BlobRef:
+                self._store.retain(ref)
+                self._kept.append(ref)
+        self._announce(buffers)
+
+    def forget(self, arena: int) -> None:
+        """Tell it that an arena is gone, if it was told of it."""
+        if arena in self._arenas:
+            self._arenas.discard(arena)
+            self.link.send([cast("Any", Forget(arena))])
+
+    def release(self) -> None:
+        """Let go of everything that only a living worker needs. I/O thread."""
+        for ref in (*self._kept, *self.unclaimed.values()):
+            self._store.release(ref)
+        self._kept.clear()
+        self.unclaimed.clear()
+        if self.output is not None:
+            self.output.close()
+
+
+class _Output:
+    """What one worker prints, and which of its tasks printed it.
+
+    Both streams are files in memory that only grow. An outcome says where they ended after its task, so what lies before
+    belongs to that task. Beyond lies what the oldest unanswered task printed, and perhaps those after it.
+    """
+
+    def __init__(self) -> None:
+        self.fds = (_append_only(), _append_only())
+        self._read = [0, 0]
+        self._spent = [0, 0]
+        self._seqs: deque[int] = deque()  # of the Runs queued and not answered, in order
+        self._answered = 0
+        self._last_seq: int | None = None
+
+    @property
+    def is_expecting(self) -> bool:
+        """Whether a task may print."""
+        return bool(self._seqs)
+
+    def expect(self, seq: int) -> None:
+        """A Run was queued."""
+        self._seqs.append(seq)
+
+    def answered(self, message: Outcome | Returned) -> Iterator[Piece]:
+        """Yield what the task printed that this answers, beyond what `live` gave already."""
+        if isinstance(message, Returned):
+            for _ in message.tasks:
+                self._seqs.popleft()
+            self._answered += len(message.tasks)
+            return
+        self._last_seq = self._seqs.popleft()
+        self._answered += 1
+        if message.ends is not None:
+            for stream, end in enumerate(message.ends):
+                yield from self._pieces(self._last_seq, stream, end)
+
+    def live(self, page: WorkerPage) -> list[Piece]:
+        """Return what the running task has printed so far, if it is certain which task that is."""
+        order = page.started
+        if order != self._answered + 1 or not self._seqs:
+            return []
+        ends = [os.fstat(fd).st_size for fd in self.fds]
+        if page.started != order:
+            return []  # the next one has begun, and may have printed some of it
+        return [piece for stream, end in enumerate(ends) for piece in self._pieces(self._seqs[0], stream, end)]
+
+    def rest(self) -> list[Piece]:
+        """Return what a dead worker's last task printed."""
+        seq = self._seqs[0] if self._seqs else self._last_seq
+        if seq is None:
+            return []
+        ends = [os.fstat(fd).st_size for fd in self.fds]
+        return [piece for stream, end in enumerate(ends) for piece in self._pieces(seq, stream, end)]
+
+    def tail(self) -> str:
+        """Return the last it wrote to stderr."""
+        fd = self.fds[1]
+        return os.pread(fd, TAIL_BYTES, max(0, os.fstat(fd).st_size - TAIL_BYTES)).decode(errors="replace")
+
+    def close(self) -> None:
+        for fd in self.fds:
+            os.close(fd)
+        self.fds = ()  # type: ignore[assignment]
+
+    def _pieces(self, seq: int, stream: int, end: int) -> Iterator[Piece]:
+        while self._read[stream] < end:
+            data = os.pread(self.fds[stream], min(WROTE_BYTES, end - self._read[stream]), self._read[stream])
+            if not data:
+                return  # the task cut the file short
+            self._read[stream] += len(data)
+            yield seq, Stream(stream + 1), data
+        self._give_back(stream)
+
+    def _give_back(self, stream: int) -> None:
+        """Free the memory of what was read, short of what `tail` may still want."""
+        end = (self._read[stream] - TAIL_BYTES) // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        start = self._spent[stream]
+        if end - start >= SPENT_BYTES and hasattr(mmap, "MADV_REMOVE"):
+            with mmap.mmap(self.fds[stream], end - start, offset=start) as spent:
+                spent.madvise(mmap.MADV_REMOVE)
+            self._spent[stream] = end
+
+
+Piece = tuple[int, Stream, bytes]  # of output: the task, where to, what
+
+
+def _append_only() -> int:
+    fd = shared_file()
+    fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_APPEND)  # a task's children write too
+    return fd
+
+
+def _ignore(*_: object) -> None:
+    """Take the place of a gone worker's callbacks, or it and its link would keep each other for a while."""
+
+
+class Pool:
+    """The workers of one session on this machine.
+
+    Args:
+        loop: whose I/O thread does everything here.
+        spec: what the workers are prepared with.
+        owner: who is told.
+        store: the blobs that Run and Define messages refer to, and where workers' large results go. When it closes an
+            arena, `forget_arena` must be called.
+        capture: whether what tasks print is read and handed to the owner; else workers print where this process does.
+        node: this machine's name, for evidence.
+        context: a multiprocessing context whose processes the workers shall be; None: forked by a template.
+        initializer: with a context, the function and arguments that multiprocessing hands to each worker, in place of
+            the spec's.
+    """
+
+    def __init__(self, loop: Loop, spec: SessionSpec, owner: Owner, *, store: BlobStore, capture: bool, node: str,
+                 context: BaseContext | None = None, initializer: Call | None = None) -> None:
+        self._loop, self._spec, self._owner, self._store = loop, spec, owner, store
+        self._captures, self._node = capture, node
+        self._workers: dict[int, Worker] = {}  # I/O thread; others read copies
+        self._numbers = 0
+        self._is_live_armed = False
+        self._is_closing = False
+        self._is_closed = threading.Event()
+        self._kept = [ref for ref in spec.initializer_buffers if isinstance(ref, BlobRef)]
+        for ref in self._kept:
+            store.retain(ref)
+        self._starter: Starter
+        if context is None:
+            self._starter = TemplateStarter(loop, spec, store, self._on_born, self._on_died)
+        else:
+            self._starter = ContextStarter(loop, spec, context, initializer, self._on_born, self._on_died)
+
+    def __repr__(self) -> str:
+        return f"<Pool {self._spec.name!r}: {len(self._workers)} workers{', closing' if self._is_closing else ''}>"
+
+    # ---- any thread
+
+    @property
+    def pids(self) -> list[int]:
+        """The processes of the workers that live, as far as they are known yet."""
+        return [worker.pid for worker in list(self._workers.values()) if worker.pid and worker.exit is None]
+
+    def start_worker(self) -> None:
+        """Start one more worker; `worker_ready` or `start_failed` follows. Nothing happens once the pool is closing."""
+        self._loop.run_here(self._start_worker)
+
+    def stop_worker(self, worker: Worker) -> None:
+        """Let it finish what it was sent, then end; `worker_gone` follows. Nothing may be queued for it afterwards."""
+        worker.is_stopping = True
+        worker.link.send([Bye("stopped")])
+
+    def kill_worker(self, worker: Worker, reason: str) -> None:
+        """Kill it and everything its tasks started; `worker_gone` follows, with this reason in its evidence."""
+        self._loop.run_here(self._kill, worker, reason)
+
+    def forget_arena(self, arena: int) -> None:
+        """Say that the store closed an arena; workers then close their descriptor of it."""
+        for worker in list(self._workers.values()):
+            worker.forget(arena)
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        """Let every worker finish what it was sent, for `timeout_s` seconds; then kill what is left, and go.
+
+        Returns when nothing is left, unless called on the I/O thread, where it only begins.
+        """
+        self._loop.run_here(self._begin_close, timeout_s)
+        if not self._loop.is_current():
+            self._is_closed.wait()
+
+    def terminate(self) -> None:
+        """Kill every worker now, and go; as `close` otherwise."""
+        self.close(0.0)
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether nothing of the pool is left."""
+        return self._is_closed.is_set()
+
+    # ---- I/O thread: birth
+
+    def _start_worker(self) -> None:
+        if self._is_closing:
+            return
+        self._numbers += 1
+        number = self._numbers
+        fds: list[int] = []
+        try:
+            fds.append(shared_file())
+            os.ftruncate(fds[0], PAGE_BYTES)
+            output = _Output() if self._captures else None
+            worker = Worker(number, self._store, WorkerPage(fds[0]), output, self._watch_output)
+            ours, theirs = socket.socketpair()
+        except OSError as error:
+            reason = f"no descriptors for another worker: {error}; raise the limit of open files (ulimit -n)"
+            self._owner.start_failed(Evidence(self._node, reason=reason), b"")
+            for fd in fds:
+                os.close(fd)
+            return
+        worker.link = self._loop.adopt(
+            ours, cast("Any", FromWorker), lambda _, messages: self._on_messages(worker, messages),
+            lambda _, reason: self._on_closed(worker), fds=True)
+        self._workers[number] = worker
+        try:
+            self._starter.start(number, theirs, fds[0], output.fds if output else None)
+        finally:
+            theirs.close()
+            os.close(fds[0])
+
+    def _on_born(self, number: int, pid: int) -> None:
+        self._workers[number].pid = pid
+
+    # ---- life
+
+    def _on_messages(self, worker: Worker, messages: list[Any]) -> None:
+        kinds = set(map(type, messages))
+        if not (kinds <= _PLAIN and worker.output is None and not worker.unclaimed):
+            messages = [message for message in messages if self._is_for_owner(worker, message)]
+        if messages:
+            self._owner.worker_said(worker, messages)
+
+    def _is_for_owner(self, worker: Worker, message: Any) -> bool:
+        match message:
+            case Outcome():
+                for ref in message.buffers:
+                    if isinstance(ref, BlobRef):
+                        worker.unclaimed.pop(ref.digest, None)
+                self._hand_output(worker, worker.output.answered(message) if worker.output else ())
+            case Returned():
+                self._hand_output(worker, worker.output.answered(message) if worker.output else ())
+            case Segment(blob, _, _):
+                self._adopt(worker, blob)
+                return False
+            case Ready(pid):
+                worker.pid, worker.is_ready = pid, True
+                self._owner.worker_ready(worker)
+                return False
+            case SessionFailed():
+                worker.failure = message
+                return False
+        return True
+
+    def _adopt(self, worker: Worker, blob: BlobRef) -> None:
+        """Make a result's shared memory a blob. If we are out of descriptors it has not come: then the link breaks."""
+        if not worker.link.received_fds:
+            self._kill(worker, "its result could not be received: raise the limit of open files (ulimit -n)")
+            raise OSError("a worker's descriptor did not arrive: too many open files")
+        self._store.adopt(worker.link.received_fds.popleft(), blob.size_bytes, blob.digest)
+        worker.unclaimed[blob.digest] = blob
+
+    def _hand_output(self, worker: Worker, pieces: Any) -> None:
+        for seq, stream, data in pieces:
+            self._owner.worker_wrote(worker, seq, stream, data)
+
+    def _watch_output(self) -> None:
+        """Look at what running tasks print, until none runs. Any thread."""
+        if not self._is_live_armed:
+            self._is_live_armed = True
+            self._loop.call_later(LIVE_S, self._read_live)
+
+    def _read_live(self) -> None:
+        self._is_live_armed = False
+        for worker in list(self._workers.values()):
+            if worker.output is not None and worker.output.is_expecting:
+                self._hand_output(worker, worker.output.live(worker.page))
+                self._watch_output()
+
+    # ---- death
+
+    def _kill(self, worker: Worker, reason: str) -> None:
+        if worker.exit is None:
+            worker.kill_reason = worker.kill_reason or reason
+            self._starter.end(worker.number)
+
+    def _on_closed(self, worker: Worker) -> None:
+        worker.is_closed = True
+        if worker.exit is None:
+            self._loop.call_later(FORCE_S, self._kill, worker, "it closed its link to the pool and did not end")
+        self._finish(worker)
+
+    def _on_died(self, number: int, how: Exit) -> None:
+        worker = self._workers[number]
+        worker.exit = how
+        drain(worker.link)
+        self._finish(worker)
+
+    def _finish(self, worker: Worker) -> None:
+        """Report a worker gone once both its exit is known and its link is read to the end."""
+        if worker.exit is None or not worker.is_closed or self._workers.pop(worker.number, None) is None:
+            return
+        evidence = self._evidence(worker, worker.exit)
+        if worker.output is not None:
+            self._hand_output(worker, worker.output.rest())
+        worker.release()
+        worker.link.on_messages = worker.link.on_closed = _ignore
+        if worker.is_ready:
+            self._owner.worker_gone(worker, evidence)
+        else:
+            self._owner.start_failed(evidence, worker.failure.data if worker.failure else worker.exit.failure)
+        if self._is_closing and not self._workers:
+            self._starter.close(self._end)
+
+    def _evidence(self, worker: Worker, how: Exit) -> Evidence:
+        reason = worker.kill_reason or how.reason
+        if not reason and worker.failure is not None:
+            reason = worker.failure.evidence.reason
+        if not reason:
+            reason = f"it {describe_exit(how.exitcode, how.signal)}" + (" as asked" if worker.is_stopping else "")
+        tail = worker.output.tail() if worker.output else ""
+        return Evidence(self._node, worker.pid, how.exitcode, how.signal, reason, tail)
+
+    def _begin_close(self, timeout_s: float) -> None:
+        if not self._is_closing:
+            self._is_closing = True
+            if timeout_s > 0:
+                for worker in list(self._workers.values()):
+                    self.stop_worker(worker)
+            if not self._workers:
+                self._starter.close(self._end)
+        self._loop.call_later(timeout_s, self._force)
+
+    def _force(self) -> None:
+        for worker in list(self._workers.values()):
+            self._kill(worker, "the pool was closed")
+
+    def _end(self) -> None:
+        for ref in self._kept:
+            self._store.release(ref)
+        self._kept.clear()
+        self._is_closed.set()

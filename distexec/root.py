@@ -1,0 +1,619 @@
+"""The root of the tree: what lives behind a `ClusterExecutor`, and outlives it until its work is done.
+
+    executor ──weakly── Root ── Dispatcher ── Scheduler        submit: pack, put buffers by, lease or queue
+    futures ── control ──┘ └── Pool (local), Nodes (remote)    ended:  unpack, conclude the future, let blobs go
+
+Rule: user code (unpickling, callbacks) runs with no lock held. The futures need nothing but the Root, the Root needs no
+executor: when the last reference to that goes, submitted work is finished and the Root closes by itself.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import secrets
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from .dispatcher import Dispatcher
+from .errors import InitializerFailed, NoNodes, TaskKilled, TaskTimeout, WorkerLost
+from .future import ClusterFuture
+from .ledger import Task
+from .messages import (
+    MAX_INLINE_BYTES,
+    BlobRef,
+    Buffers,
+    Define,
+    Evidence,
+    Lost,
+    Open,
+    Options,
+    Outcome,
+    OutcomeKind,
+    Output,
+    Run,
+    SessionFailed,
+    SessionSpec,
+    Stream,
+)
+from .nodes import Node, NodeState
+from .payload import CallPacker
+from .report import ClusterStatus, NodeStatus
+from .scheduler import Scheduler
+from .shipping import BlobStore, map_segment
+from .transport import Loop
+
+if TYPE_CHECKING:
+    from .handshake import Credentials
+    from .pool import Pool, Worker
+
+LOCAL = "local"
+"""The name of the node that is this machine's own workers."""
+
+STARVED_S = 5.0
+"""How long work may wait without a slot anywhere before the user is told why."""
+
+STARVED_AGAIN_S = 60.0
+
+MAX_FUNCTIONS = 4096
+"""Functions kept known to workers though no task names them. Smaller: code is sent again. Larger: memory everywhere."""
+
+CLOSE_S = 5.0
+"""How long workers get to leave by themselves before they are ended."""
+
+_log = logging.getLogger("distexec")
+_futures_log = logging.getLogger("concurrent.futures")
+_roots: weakref.WeakSet[Root] = weakref.WeakSet()
+_is_exiting = False
+
+
+class Root:
+    """Owns the tasks of one executor. Any thread may call it."""
+
+    def __init__(self, *, name: str, spec: SessionSpec, slots: int, ceiling: int, retries: int, node_timeout_s: float,
+                 nodes_timeout_s: float | None, max_pending: int | None, credentials: Credentials | None,
+                 make_pool: Callable[[Root], Pool] | None) -> None:
+        self.name = name
+        self.retries = retries
+        self.loop = Loop("distexec-io")
+        self.packer = CallPacker()
+        self.store = BlobStore(arena_closed=self._on_arena_closed)
+        self.scheduler = Scheduler(slots, LOCAL, node_timeout_s=node_timeout_s, claim=_claim)
+        self.dispatcher = Dispatcher(self.loop, self.scheduler, on_ended=self._on_ended, on_failure=self._on_failure)
+        self.spec = spec
+        opened = Open(0, secrets.token_bytes(16), secrets.token_bytes(16), 1.0, ceiling, _for_nodes(spec))
+        self.session = self.scheduler.open_session(opened, None, time.monotonic())
+        self.nodes: list[Node] = []
+        self.pool: Pool | None = None
+        self.broken: BaseException | None = None
+        self.changed = threading.Condition()  # notified when nodes or slots may have changed
+        self._make_pool = make_pool
+        self._credentials, self._node_timeout_s, self._nodes_timeout_s = credentials, node_timeout_s, nodes_timeout_s
+        self._seqs = itertools.count(1)
+        self._code_lock = threading.Lock()  # guards _functions, _function_numbers, _functions_limit
+        self._functions: dict[bytes, Define] = {}
+        self._function_numbers = itertools.count(1)
+        self._functions_limit = MAX_FUNCTIONS
+        self._start_lock = threading.Lock()  # guards _is_started, pool, _closer
+        self._is_started = False
+        self._closer: threading.Thread | None = None
+        self._is_closing = False  # no new tasks; close when the last has ended
+        self._is_dropped = False  # set by the finalizer of the executor
+        self._closed = threading.Event()
+        self._room = threading.BoundedSemaphore(max_pending) if max_pending is not None else None
+        self._began_at = time.monotonic()
+        self._starved_since: float | None = None
+        self._next_warning_at = 0.0
+        self._done: dict[str, int] = {}
+        self._failed = self._retried = 0
+        self._run_ns = 0
+
+    def __repr__(self) -> str:
+        return f"<Root {self.name!r} {self.scheduler.sessions!r}>"
+
+    # ---- life
+
+    def start(self) -> None:
+        """Start the I/O thread and the local pool, once."""
+        if self._is_started:
+            return
+        with self._start_lock:
+            if self._is_started or self._is_closing:
+                return
+            if self._make_pool is not None:
+                self.pool = self._make_pool(self)
+                self.dispatcher.staff[self.session] = self.pool
+            self.loop.idle_hooks.append(self._look_for_drop)
+            self.loop.start()
+            self.dispatcher.start()
+            self.loop.call_later(0.5, self._check_supply)
+            self._is_started = True
+            _roots.add(self)
+
+    def drop(self) -> None:
+        """Learn, from a finalizer, that no executor refers to this any more; takes no lock."""
+        self._is_dropped = True
+        self.loop.wake()
+
+    def _look_for_drop(self) -> None:
+        if self._is_dropped and not self._is_closing:
+            self.begin_shutdown()
+
+    def begin_shutdown(self, *, cancel_futures: bool = False) -> None:
+        """Take nothing more; close when all that was taken has ended."""
+        with self.dispatcher.lock:
+            self._is_closing = True
+            queued = [task for task in self.session.tasks.values() if not task.claimed] if cancel_futures else []
+        for task in queued:
+            task.owner.cancel()
+        self._close_if_done()
+
+    def wait_closed(self) -> None:
+        """Block until everything is closed; not on the I/O thread, which has to do it."""
+        if not self.loop.is_current() and threading.current_thread() is not self._closer:
+            self._closed.wait()
+
+    def break_with(self, error: BaseException) -> None:
+        """End every task with `error`, refuse new ones with it, end the workers."""
+        with self.dispatcher.lock:
+            if self._is_closing and not self.session.tasks:
+                return
+            self.broken = self.broken or error
+            self._is_closing = True
+        left = self.dispatcher.call(self.scheduler.close_session, self.session) if not self.session.closing else []
+        if self.pool is not None:
+            self.pool.terminate()
+        for task in left:
+            self._let_go(task, None)
+            task.owner.conclude(None, error)
+            if self._room is not None:
+                self._room.release()
+        self._close_if_done()
+
+    def kill_all(self) -> None:
+        """Withdraw what is queued and end what runs."""
+        self.begin_shutdown(cancel_futures=True)
+        for task in list(self.session.tasks.values()):
+            self.kill(task)
+
+    def _close_if_done(self) -> None:
+        if not self._is_closing or self.session.tasks:
+            return
+        with self._start_lock:
+            if self._closer is not None:
+                return
+            self._closer = threading.Thread(target=self._close, name="distexec-closer")
+        self._closer.start()
+
+    def _close(self) -> None:
+        if not self.session.closing:
+            self.dispatcher.call(self.scheduler.close_session, self.session)
+        self.dispatcher.close()
+        with self._start_lock:
+            is_started, self._is_started = self._is_started, True
+        if is_started:
+            if self.pool is not None:
+                self.pool.close(CLOSE_S)
+            for node in self.nodes:
+                self.loop.call_soon(node.leave, "the executor was shut down")
+            self.loop.stop()
+        self.store.close()
+        _roots.discard(self)
+        self._closed.set()
+        with self.changed:
+            self.changed.notify_all()
+
+    # ---- tasks
+
+    def submit(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any],
+               options: Options | None = None, retries: int | None = None) -> ClusterFuture[Any]:
+        """Take in one call. What cannot be pickled makes a future that has failed with the pickling error."""
+        self._check_open()
+        if not self._is_started:
+            self.start()
+        if self._room is not None:
+            self._room.acquire()
+        future: ClusterFuture[Any] = ClusterFuture()
+        try:
+            code, code_buffers, key = self.packer.pack_function(fn)
+            data, views = self.packer.pack_call(args, kwargs, key)
+            definition = self._functions.get(key) or self._define(key, code, code_buffers)
+            buffers: Buffers = ()
+            if views or len(data) > MAX_INLINE_BYTES:
+                data, buffers = self._put_by(data, views)
+        except Exception as error:
+            if self._room is not None:
+                self._room.release()
+            future.conclude(None, error)
+            return future
+        run = Run(self.session.no, next(self._seqs), 1, definition.fn, data, buffers, options)
+        task = Task(run, self.session, future, self.retries if retries is None else retries)
+        future.bind(task, self)
+        if not self.dispatcher.submit(self, task, definition):
+            self._let_go(task, None)
+            self._check_open()
+        return future
+
+    @property
+    def is_open(self) -> bool:
+        """Whether new tasks are taken; read with the dispatcher's lock held to be sure."""
+        return not self._is_closing
+
+    def _check_open(self) -> None:
+        if self.broken is not None:
+            raise _raisable(self.broken)
+        if self._is_closing:
+            raise RuntimeError("cannot schedule new futures after shutdown")
+        if _is_exiting:
+            raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+
+    def _define(self, key: bytes, code: bytes, views: Sequence[memoryview]) -> Define:
+        with self._code_lock:
+            known = self._functions.get(key)
+            if known is not None:
+                return known
+            if views or len(code) > MAX_INLINE_BYTES:
+                code, buffers = self._put_by(code, views)
+            else:
+                buffers = ()
+            definition = Define(self.session.no, next(self._function_numbers), code, buffers)
+            self._functions[key] = definition
+            if len(self._functions) > self._functions_limit:
+                self._forget_functions()
+            return definition
+
+    def _forget_functions(self) -> None:
+        """Forget the older half of the functions that no task names; with the code lock held."""
+        with self.dispatcher.lock:
+            used = {task.run.fn for task in self.session.tasks.values()}
+        idle = [key for key, definition in self._functions.items() if definition.fn not in used]
+        gone = [self._functions.pop(key) for key in idle[:len(idle) // 2]]
+        self._functions_limit = max(MAX_FUNCTIONS, 2 * len(self._functions))
+        self.dispatcher.call(lambda now: self.scheduler.undefine(self.session, [each.fn for each in gone]))
+        for definition in gone:
+            self._release(definition.buffers)
+
+    def _put_by(self, data: bytes, views: Sequence[memoryview]) -> tuple[bytes, Buffers]:
+        """Copy buffers once: small ones into the message, large ones (and a large pickle, then first) into the store."""
+        kept: list[bytes | BlobRef] = []
+        if len(data) > MAX_INLINE_BYTES:
+            kept.append(self.store.put(data))
+            data = b""
+        inline = MAX_INLINE_BYTES - len(data)
+        for view in views:
+            if view.nbytes > inline:
+                kept.append(self.store.put(view))
+            else:
+                kept.append(bytes(view))
+                inline -= view.nbytes
+        return data, tuple(kept)
+
+    def _release(self, buffers: Buffers) -> None:
+        for buffer in buffers:
+            if isinstance(buffer, BlobRef):
+                self.store.release(buffer)
+
+    def _let_go(self, task: Task, message: Outcome | None) -> None:
+        if task.run.buffers:
+            self._release(task.run.buffers)
+
+    # ---- Control, for futures
+
+    def withdraw(self, task: Task) -> None:
+        """Forget a cancelled task that was never handed out."""
+        if self.dispatcher.call(lambda now: self.scheduler.discard(task)):
+            self._let_go(task, None)
+            if self._room is not None:
+                self._room.release()
+            if self._is_closing:
+                self._close_if_done()
+
+    def kill(self, task: Task) -> None:
+        """End a task wherever it is."""
+        self.dispatcher.call(lambda now: self.scheduler.kill(task))
+
+    # ---- ends
+
+    def _on_ended(self, ended: list[tuple[Task, Outcome | Lost]]) -> None:
+        unpack, done = self.packer.unpack_outcome, self._done
+        for task, message in ended:
+            if task.run.buffers:
+                self._release(task.run.buffers)
+            run_ns = -1
+            if type(message) is Outcome:
+                run_ns = message.run_ns
+                self._run_ns += run_ns
+                if message.kind == 0 and not message.buffers:
+                    value, error = unpack(OutcomeKind.VALUE, message.data, ())
+                else:
+                    value, error = self._unpack(task, message)
+            else:
+                value, error = None, _worker_lost(task, message)  # type: ignore[arg-type]
+            if error is not None:
+                self._failed += 1
+            done[task.node] = done.get(task.node, 0) + 1
+            if task.deaths:
+                self._retried += task.deaths
+            task.owner.conclude(value, error, run_ns)
+            if self._room is not None:
+                self._room.release()
+        if self._is_closing:
+            self._close_if_done()
+
+    def _unpack(self, task: Task, message: Outcome) -> tuple[Any, BaseException | None]:
+        if message.kind == OutcomeKind.TIMEOUT:
+            limit_s = task.run.options.timeout_s if task.run.options is not None else 0.0
+            return None, TaskTimeout(f"task {task.run.seq} ran longer than its limit of {limit_s:g} s on node "
+                                     f"{task.node!r} and was ended (options(timeout=))")
+        if message.kind == OutcomeKind.KILLED:
+            where = f" on node {task.node!r}" if task.node else ""
+            return None, TaskKilled(f"task {task.run.seq} was ended{where} by future.kill()")
+        buffers = [map_blob(self.store, buffer) if isinstance(buffer, BlobRef) else buffer for buffer in message.buffers]
+        data: Any = message.data
+        if not data and buffers:
+            data = buffers.pop(0)
+        return self.packer.unpack_outcome(OutcomeKind(message.kind), data, buffers)
+
+    def _on_failure(self, session: Any, peer: Any, failure: SessionFailed) -> None:
+        """A node (None: our own pool) cannot run the session; break when no other can."""
+        cause: BaseException | None = None
+        if failure.data:
+            _, cause = self.packer.unpack_outcome(OutcomeKind.ERROR, failure.data, ())
+        where = failure.evidence.node or LOCAL
+        if cause is not None:
+            _futures_log.critical("Exception in initializer on node %r:", where,
+                                  exc_info=(type(cause), cause, cause.__traceback__))
+        else:
+            _log.error("node %r cannot run this session: %s", where, failure.evidence.reason)
+        if peer is not None:
+            peer.problem = failure.evidence.reason or "its initializer failed"
+        if self._has_hope():
+            return
+        error: BaseException
+        if cause is not None:
+            error = InitializerFailed(f"the initializer raised {type(cause).__name__}: {cause} on node {where!r}, and no "
+                                      "other node passed it; the executor cannot be used any more")
+            error.__cause__ = cause
+        else:
+            error = _lost_error(failure.evidence, f"no worker could be started: {failure.evidence.reason}", 1)
+        self.break_with(error)
+
+    def _has_hope(self) -> bool:
+        if self._make_pool is not None and not self.session.failed:
+            return True
+        return any(not node.problem and node.state is not NodeState.REFUSED for node in self.nodes)
+
+    # ---- nodes
+
+    def add_node(self, address: str, resolve: Callable[[], Sequence[tuple[Any, ...]]], slots: int | None) -> None:
+        """Begin to use a node."""
+        assert self._credentials is not None, "the executor checks that there is a secret"
+        node = Node(address, resolve, self.dispatcher, self._credentials, self.store, self, self._node_timeout_s)
+        self.nodes.append(node)
+        if slots is not None:
+            self.dispatcher.call(lambda now: self.scheduler.limit_node(node, slots, now))
+        node.start()
+
+    def remove_node(self, node: Node, *, drain: bool) -> None:
+        """Stop using a node, after what runs there has ended if `drain`."""
+        if drain:
+            self.dispatcher.call(lambda now: self.scheduler.drain_node(node))
+            self.loop.run_here(self._leave_when_drained, node)
+        else:
+            self.loop.run_here(self._leave, node)
+
+    def _leave_when_drained(self, node: Node) -> None:
+        with self.dispatcher.lock:
+            left = self.scheduler.leases_of(node)
+        if left and node.state is NodeState.UP:
+            self.loop.call_later(0.05, self._leave_when_drained, node)
+        else:
+            self._leave(node)
+
+    def _leave(self, node: Node) -> None:
+        node.leave("the executor does not need this node any more")
+        evidence = Evidence(node.name, reason=f"node {node.name!r} was removed (remove_node)")
+        self.dispatcher.call(lambda now: self.scheduler.node_lost(node, evidence, now))
+        if node in self.nodes:
+            self.nodes.remove(node)
+        self.node_changed(node)
+
+    def node_changed(self, node: Node) -> None:
+        """Look whether all hope is gone, and wake those who wait for slots."""
+        with self.changed:
+            self.changed.notify_all()
+        if node.state is NodeState.REFUSED and node.error is not None and not self._has_hope() and not self._is_closing:
+            self.break_with(node.error)
+
+    def node_wrote(self, node: Node, output: Output) -> None:
+        """Print what a task printed on a node."""
+        if not self.spec.echo:
+            return
+        target = sys.stdout if output.stream == Stream.STDOUT else sys.stderr
+        try:
+            target.write(output.data.decode("utf-8", "replace"))
+            target.flush()
+        except (AttributeError, OSError, ValueError):
+            pass  # the program closed or replaced its own stream: it does not want to see output
+
+    def _check_supply(self) -> None:
+        """Tell the user when work waits and no slot is anywhere; give up when `nodes_timeout` says so."""
+        if self._closed.is_set() or self._is_closing and not self.session.tasks:
+            return
+        self.loop.call_later(0.5, self._check_supply)
+        now = time.monotonic()
+        with self.dispatcher.lock:
+            waits = self.session.queued() > 0
+            slots = sum(lane.slots for lane in self.session.lanes.values()) + self.session.starting
+        if not waits or slots:
+            self._starved_since = None
+            return
+        if self._starved_since is None:
+            self._starved_since, self._next_warning_at = now, now + STARVED_S - 0.5
+        since = self._starved_since
+        if self._nodes_timeout_s is not None and now - since >= self._nodes_timeout_s:
+            self._fail_queued(f"no node offered a slot within {self._nodes_timeout_s:g} s (nodes_timeout): "
+                              f"{self.describe_missing()}")
+        elif now >= self._next_warning_at:
+            self._next_warning_at = now + STARVED_AGAIN_S
+            _log.warning("work is queued but no node offers a slot: %s", self.describe_missing())
+
+    def describe_missing(self) -> str:
+        """Say of each node why it gives no slot, and what to do."""
+        if not self.nodes:
+            return "there is no node; name some with nodes=, $DISTEXEC_NODES or add_node()"
+        return "; ".join(_why(node) for node in self.nodes)
+
+    def _fail_queued(self, text: str) -> None:
+        def take(now: float) -> list[Task]:
+            tasks = [task for task in self.session.tasks.values() if task.queued]
+            for task in tasks:
+                self.session.forget(task)
+            return tasks
+        for task in self.dispatcher.call(take):
+            self._let_go(task, None)
+            task.owner.conclude(None, NoNodes(text))
+            if self._room is not None:
+                self._room.release()
+        if self._is_closing:
+            self._close_if_done()
+
+    # ---- the pool's owner
+
+    def worker_ready(self, worker: Worker) -> None:
+        """Give the new worker work."""
+        worker.session = self.session
+        self.dispatcher.call(self.scheduler.worker_ready, worker, self.session)
+        with self.changed:
+            self.changed.notify_all()
+
+    def worker_said(self, worker: Worker, messages: list[Any]) -> None:
+        """Hear a worker's outcomes."""
+        self.dispatcher.receive(worker, messages)
+
+    def worker_wrote(self, worker: Worker, seq: int, stream: Stream, data: bytes) -> None:
+        """Local workers print for themselves; nothing is captured."""
+
+    def worker_gone(self, worker: Worker, evidence: Evidence) -> None:
+        """Learn that a worker died."""
+        self.dispatcher.call(self.scheduler.worker_gone, worker, self.session, worker.page.started, evidence)
+
+    def start_failed(self, evidence: Evidence, data: bytes) -> None:
+        """Learn that a worker never came up."""
+        self.dispatcher.call(self.scheduler.start_failed, self.session, evidence, data)
+
+    def _on_arena_closed(self, number: int) -> None:
+        if self.pool is not None:
+            self.pool.forget_arena(number)
+
+    # ---- what it looks like
+
+    def slots(self) -> int:
+        """Count the slots that can be used now."""
+        with self.dispatcher.lock:
+            return self._slots()
+
+    def _slots(self) -> int:
+        return self.session.granted + sum(lane.slots for lane in self.session.lanes.values() if not lane.is_worker)
+
+    def status(self) -> ClusterStatus:
+        """Describe the work and the nodes."""
+        rows = tuple(self.node_rows())
+        with self.dispatcher.lock:
+            queued = self.session.queued()
+            running = len(self.session.tasks) - queued
+            slots = self._slots()
+        return ClusterStatus(rows, slots, queued, running, sum(self._done.values()), self._failed, self._retried,
+                             time.monotonic() - self._began_at, self._run_ns / 1e9)
+
+    def node_rows(self) -> list[NodeStatus]:
+        """Describe each node, our own workers first."""
+        rows = []
+        with self.dispatcher.lock:
+            lanes = dict(self.session.lanes)
+            local = sum(len(lane.leases) for lane in lanes.values() if lane.is_worker)
+            granted = self.session.granted
+            held = {peer: len(lane.leases) for peer, lane in lanes.items()}
+        if self._make_pool is not None:
+            python = f"{sys.version_info.major}.{sys.version_info.minor}"
+            rows.append(NodeStatus(LOCAL, "", "refused" if self.session.failed else "up", granted, local,
+                                   self._done.get(LOCAL, 0), None, None, python, self.spec.name, ""))
+        for node in self.nodes:
+            lane, load, hello = lanes.get(node), node.load, node.hello
+            rows.append(NodeStatus(
+                node.name, node.address, node.state.value, lane.slots if lane is not None else 0, held.get(node, 0),
+                self._done.get(node.name, 0), load.cpu_percent if load is not None else None,
+                load.memory_free_bytes if load is not None else None, hello.python if hello is not None else "",
+                hello.version if hello is not None else "", "" if node.state is NodeState.UP else _why(node)))
+        return rows
+
+
+def map_blob(store: BlobStore, ref: BlobRef) -> memoryview:
+    """Map a blob privately and give up its reference: the mapping keeps the bytes."""
+    segment = store.segment(ref)
+    view = map_segment(segment.fd, segment.offset, segment.size_bytes)
+    store.release(ref)
+    return view
+
+
+def _claim(task: Task) -> bool:
+    return bool(task.owner.claim())
+
+
+def _for_nodes(spec: SessionSpec) -> SessionSpec:
+    """Leave out what only this machine's workers should have: the environment of the client."""
+    return SessionSpec(spec.path, spec.directory, spec.argv, {}, spec.warnings, spec.authkey, spec.initializer,
+                       spec.initializer_buffers, spec.max_tasks_per_child, spec.echo, spec.name, spec.env)
+
+
+def _why(node: Node) -> str:
+    if node.problem:
+        return f"{node.address}: {node.problem}"
+    if node.state is NodeState.UP:
+        return f"{node.address}: up, but all its slots are taken by other sessions"
+    return f"{node.address}: {node.error or 'no answer yet'}"
+
+
+def _lost_error(evidence: Evidence, reason: str, attempts: int) -> WorkerLost:
+    return WorkerLost(reason, node=evidence.node, pid=evidence.pid, exitcode=evidence.exitcode, signal=evidence.signal,
+                      attempts=attempts, stderr_tail=evidence.stderr_tail)
+
+
+def _worker_lost(task: Task, message: Lost) -> WorkerLost:
+    return _lost_error(message.evidence, message.evidence.reason, task.deaths)
+
+
+def _raisable(error: BaseException) -> BaseException:
+    """Make a fresh exception of the same kind, so that tracebacks do not pile up on one object."""
+    try:
+        fresh = type(error)(*error.args)
+    except TypeError:
+        return error
+    fresh.__cause__ = error.__cause__
+    return fresh
+
+
+def _at_exit() -> None:
+    """Finish submitted work before the interpreter goes, as ProcessPoolExecutor does; after Ctrl-C, end it instead."""
+    global _is_exiting
+    _is_exiting = True
+    is_interrupted = getattr(sys, "last_type", None) is KeyboardInterrupt
+    roots = list(_roots)
+    for root in roots:
+        if is_interrupted:
+            root.kill_all()
+        else:
+            root.begin_shutdown()
+    for root in roots:
+        root.wait_closed()
+
+
+# The standard executors register here too: it runs before non-daemon threads are joined, while threads can still start.
+threading._register_atexit(_at_exit)  # type: ignore[attr-defined]
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_roots.clear)

@@ -1,0 +1,58 @@
+"""How many of a vertex's own slots each session may use.
+
+Shares follow demand and weight: nobody gets more than it can use while another wants more, and what nobody wants is spread
+as standing offers, so that a client that comes back need not ask. Pure. Rule: what sessions may use and what they still
+run together never exceeds the slots, so an offer is a promise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .ledger import Session
+
+PEAK_S = 0.1
+"""How long a session keeps its share while its client pauses between two tasks. Smaller: a client that makes one call after
+the other asks for its slot each time. Larger: an idle client's slots stand still that long."""
+
+
+def demand(session: Session, slots: int, now: float) -> int:
+    """Count the slots a session could use now, or could a moment ago."""
+    load = len(session.tasks)
+    if load >= session.peak or now - session.peak_at > PEAK_S:
+        session.peak, session.peak_at = load, now
+    return min(session.ceiling or slots, max(load, session.peak) + session.want)
+
+
+def targets(slots: int, sessions: Sequence[Session], now: float) -> dict[Session, int]:
+    """Divide `slots`: first up to each session's demand, then, if some are left, up to its ceiling; by weight, one by one."""
+    shares = dict.fromkeys(sessions, 0)
+    if len(sessions) == 1:
+        only = sessions[0]
+        shares[only] = min(slots, only.ceiling or slots)
+        return shares
+    wanted = {session: demand(session, slots, now) for session in sessions}
+    usable = {session: min(session.ceiling or slots, slots) for session in sessions}
+    left = slots
+    for limits in (wanted, usable):
+        while left and (hungry := [s for s in sessions if shares[s] < limits[s]]):
+            poorest = min(hungry, key=lambda s: shares[s] / s.weight)
+            shares[poorest] += 1
+            left -= 1
+    return shares
+
+
+def regrant(slots: int, sessions: Sequence[Session], aims: dict[Session, int]) -> list[Session]:
+    """Move what each session is granted towards its aim: down at once, up as slots come free. Gives those that grew."""
+    for session in sessions:
+        session.granted = min(session.granted, aims.get(session, 0))
+    spare = slots - sum(max(session.granted, session.busy) for session in sessions)
+    grown = []
+    for session in sessions:
+        held = max(session.granted, session.busy)
+        granted = min(aims.get(session, 0), held + max(0, spare))
+        if granted > session.granted:
+            spare -= max(0, granted - held)
+            session.granted = granted
+            grown.append(session)
+    return grown

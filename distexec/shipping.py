@@ -1,0 +1,500 @@
+"""Blobs: large immutable bytes, stored once per process in shared memory, named by digest.
+
+    put(buffer) ──copy──► arena (memfd) ──segment──► worker or client: map_segment, private and writable
+                             ▲   │
+    transfers: writer(ref) ──┘   └──view──► chunks to another vertex
+
+The rule: a blob's bytes are where its reference says as long as somebody holds a reference, and never change then.
+Once the last reference is released the space is used again, so a mapping that outlives it must be made independent
+first (`Mappings.settle`). Workers import this module; what is slow to import (xxhash, ctypes) is imported when needed.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+import threading
+import weakref
+from bisect import insort
+from collections.abc import Callable, Iterable
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+from distexec.messages import BlobRef
+
+if TYPE_CHECKING:
+    import xxhash
+    from typing_extensions import Buffer
+
+__all__ = ["BlobStore", "BlobWriter", "Mappings", "Segment", "digest_of", "map_segment"]
+
+ARENA_BYTES = 256 << 20
+"""Address space of one arena. Smaller: more descriptors for many blobs. Larger: nothing but address space."""
+
+SPARE_BYTES = 128 << 20
+"""Freed memory kept for the next blob. Smaller: every large argument pays the kernel for new pages (a third of the
+speed). Larger: memory that nobody uses."""
+
+COPY_BYTES = 512 << 10
+"""Copied, then hashed while the processor's cache still holds it. Larger: the hash reads from memory again."""
+
+_PAGE = mmap.ALLOCATIONGRANULARITY
+_MADV_POPULATE_WRITE = 23  # Linux 5.14, not in the mmap module: private copies of all pages in one call
+
+
+def digest_of(buffer: Buffer) -> bytes:
+    """Return the xxh3-128 digest of a C-contiguous buffer, by which its blob is named."""
+    import xxhash
+
+    return xxhash.xxh3_128_digest(cast("bytes", buffer))
+
+
+# ---- mappings: how workers and clients see a blob
+
+
+def map_segment(fd: int, offset: int, size_bytes: int) -> memoryview:
+    """Map part of a file, private and writable: pages are shared until written to, and writes stay in this process.
+
+    The mapping lives as long as the memoryview or anything made from it, and needs no descriptor: `fd` may be closed.
+    `offset` must be page-aligned. Raises OSError if the file cannot be mapped.
+    """
+    return _map(fd, offset, size_bytes, mmap.MAP_PRIVATE)
+
+
+def _map(fd: int, offset: int, size_bytes: int, flags: int) -> memoryview:
+    if size_bytes == 0:
+        return memoryview(bytearray())
+    # Not mmap.mmap: before Python 3.13 it keeps a descriptor per mapping, and a list of 1,000 arrays would run out.
+    ctypes, libc = _libc()
+    address = libc.mmap(None, size_bytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, offset)
+    if address == ctypes.c_void_p(-1).value:
+        raise OSError(ctypes.get_errno(), f"cannot map {size_bytes:,} bytes: {os.strerror(ctypes.get_errno())}")
+    pages = (ctypes.c_ubyte * size_bytes).from_address(address)
+    # Objects made from it may still be read while the interpreter ends; the kernel unmaps what is left.
+    weakref.finalize(pages, libc.munmap, address, size_bytes).atexit = False
+    return memoryview(pages).cast("B")
+
+
+@cache
+def _libc() -> tuple[Any, Any]:
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
+    libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return ctypes, libc
+
+
+class Mappings:
+    """The segments mapped for one task; `settle` gives those the task still holds at its end pages of their own."""
+
+    def __init__(self) -> None:
+        self._live: list[weakref.ref[Any]] = []
+
+    def __repr__(self) -> str:
+        return f"<Mappings: {sum(ref() is not None for ref in self._live)} live>"
+
+    def map(self, fd: int, offset: int, size_bytes: int) -> memoryview:
+        """As `map_segment`, and remember the mapping."""
+        view = map_segment(fd, offset, size_bytes)
+        if size_bytes:
+            self._live.append(weakref.ref(view.obj))
+        return view
+
+    def settle(self) -> int:
+        """Copy the pages of every mapping still referenced; afterwards the blobs may be released. Returns how many."""
+        held = [pages for ref in self._live if (pages := ref()) is not None]
+        for pages in held:
+            _own_pages(memoryview(pages).cast("B"))
+        self._live.clear()
+        return len(held)
+
+
+def _own_pages(view: memoryview) -> None:
+    if not _advise(view, _MADV_POPULATE_WRITE):  # an older kernel: write to every page ourselves
+        for at in range(0, len(view), _PAGE):
+            view[at] = view[at]
+
+
+def _advise(mapped: memoryview, advice: int, offset: int = 0, size_bytes: int = -1) -> bool:
+    ctypes, libc = _libc()
+    length = len(mapped) if size_bytes < 0 else size_bytes
+    return bool(libc.madvise(ctypes.addressof(mapped.obj) + offset, length, advice) == 0)
+
+
+# ---- the store
+
+
+class Segment(NamedTuple):
+    """Where a blob lies: `size_bytes` at `offset` of the arena with this number, whose descriptor is `fd`."""
+
+    fd: int
+    offset: int
+    size_bytes: int
+    arena: int
+
+
+class _Arena:
+    """One shared-memory file and its free space, kept as sorted, merged (offset, size) spans of whole pages."""
+
+    def __init__(self, number: int, fd: int, file_bytes: int, *, sole: bool = False) -> None:
+        self.number, self.fd, self.file_bytes, self.sole = number, fd, file_bytes, sole
+        self.copying = 0  # threads that write to `fd` right now, so it must stay open
+        self.live_bytes = 0
+        capacity = _pages(file_bytes)
+        self._free = [(0, capacity)]
+        self._view: memoryview | None = None
+
+    def view(self) -> memoryview:
+        if self._view is None:
+            self._view = _map(self.fd, 0, self.file_bytes, mmap.MAP_SHARED)
+            if self.file_bytes and hasattr(mmap, "MADV_DONTFORK"):
+                _advise(self._view, mmap.MADV_DONTFORK)  # a forked child has no use for it, and forks faster
+        return self._view
+
+    def allocate(self, size: int) -> int | None:
+        """First fit: low addresses are used again and again, so their pages are there already."""
+        for i, (offset, span) in enumerate(self._free):
+            if span >= size:
+                self._free[i:i + 1] = [(offset + size, span - size)] if span > size else []
+                self.live_bytes += size
+                return offset
+        return None
+
+    def free(self, offset: int, size: int) -> None:
+        self.live_bytes -= size
+        insort(self._free, (offset, size))
+        merged = [self._free[0]]
+        for start, span in self._free[1:]:
+            last, length = merged[-1]
+            if last + length == start:
+                merged[-1] = (last, length + span)
+            else:
+                merged.append((start, span))
+        self._free = merged
+
+    def spare_bytes(self) -> int:
+        """Memory that the kernel keeps for it beyond what live blobs need."""
+        return max(0, os.fstat(self.fd).st_blocks * 512 - self.live_bytes)
+
+    def punch(self) -> None:
+        """Give the memory of all free space back to the kernel."""
+        if hasattr(mmap, "MADV_REMOVE"):  # elsewhere it stays until the arena is closed
+            for offset, span in self._free:
+                _advise(self.view(), mmap.MADV_REMOVE, offset, span)
+
+    def close(self) -> None:
+        self._view = None  # the mapping goes with the last view of a blob
+        os.close(self.fd)
+
+
+class _Blob:
+    """A stored blob and how many references are held to it."""
+
+    __slots__ = ("arena", "offset", "ref", "references", "sample")
+
+    def __init__(self, ref: BlobRef, arena: _Arena, offset: int, sample: tuple[int, bytes] | None) -> None:
+        self.ref, self.arena, self.offset, self.sample = ref, arena, offset, sample
+        self.references = 1
+
+
+class BlobStore:
+    """The blobs of one process: each digest once, counted, in shared memory that other processes can map.
+
+    All methods may be called from any thread, though not from a finalizer. `arena_closed(number)` is called, without a
+    lock held, when an arena is gone, so that whoever was given its descriptor can be told.
+    """
+
+    def __init__(self, arena_closed: Callable[[int], object] | None = None) -> None:
+        self._arena_closed = arena_closed
+        self._lock = threading.Lock()  # guards all below; never held while bytes are copied or hashed
+        self._blobs: dict[bytes, _Blob] = {}
+        self._samples: dict[tuple[int, bytes], int] = {}
+        self._arenas: list[_Arena] = []
+        self._numbers = 0
+        self._closed = False
+
+    def __repr__(self) -> str:
+        stored = sum(blob.ref.size_bytes for blob in list(self._blobs.values()))
+        return f"<BlobStore: {len(self._blobs)} blobs, {stored:,} bytes, {len(self._arenas)} arenas>"
+
+    def put(self, buffer: Buffer) -> BlobRef:
+        """Store a C-contiguous buffer, copied once, unless its bytes are here already; the caller holds a reference.
+
+        The digest is that of the copy, so a buffer that changes meanwhile makes a blob that is wrong only for itself.
+        Raises OSError when there is no memory for it.
+        """
+        source = memoryview(buffer).cast("B")
+        sample = (len(source), digest_of(source[:4096]))
+        if sample in self._samples:  # seen something that begins like it: hashing first may save the copy
+            ref = BlobRef(digest_of(source), len(source))
+            if self.retain_if_here(ref):
+                return ref
+        arena, offset = self._allocate(len(source))
+        try:
+            digest = _copy_and_digest(source, arena, offset)
+        except BaseException:
+            self._end_copy(arena)
+            self._free(arena, offset, len(source))
+            raise
+        self._end_copy(arena)
+        return self._publish(BlobRef(digest, len(source)), arena, offset, sample)
+
+    def adopt(self, fd: int, size_bytes: int, digest: bytes | None = None) -> BlobRef:
+        """Take over a shared-memory file, descriptor and all, as a blob; the caller holds a reference.
+
+        Nobody may write to the file any more. `digest` saves hashing it. Raises ValueError if the file is too short.
+        """
+        try:
+            if os.fstat(fd).st_size < size_bytes:
+                raise ValueError(f"a shared-memory file said to hold {size_bytes:,} bytes is shorter")
+            arena = self._add_arena(fd, size_bytes, sole=True, reserve=_pages(size_bytes))
+        except BaseException:
+            os.close(fd)
+            raise
+        if digest is None:
+            digest = digest_of(arena.view())
+        return self._publish(BlobRef(digest, size_bytes), arena, 0, None)
+
+    def writer(self, ref: BlobRef) -> BlobWriter:
+        """Return a writer for a blob that arrives in pieces. Raises OSError when there is no memory for it."""
+        if ref.size_bytes < 0:
+            raise ValueError(f"a blob cannot have {ref.size_bytes} bytes")
+        # A file of its own: the client maps it and forgets it, and its array may live for as long as it likes.
+        fd = _shared_file()
+        try:
+            os.ftruncate(fd, _pages(ref.size_bytes))
+        except OSError:
+            os.close(fd)
+            raise
+        return BlobWriter(self, ref, fd)
+
+    def retain(self, ref: BlobRef) -> None:
+        """Hold one more reference. Raises KeyError if the blob is not here."""
+        with self._lock:
+            self._blobs[ref.digest].references += 1
+
+    def retain_if_here(self, ref: BlobRef) -> bool:
+        """Hold one more reference if the blob is here; False if it is not."""
+        with self._lock:
+            blob = self._blobs.get(ref.digest)
+            if blob is None or blob.ref != ref:
+                return False
+            blob.references += 1
+            return True
+
+    def release(self, ref: BlobRef) -> None:
+        """Drop one reference; the last one frees the space. A store that was closed has nothing left to free."""
+        with self._lock:
+            blob = self._blobs.get(ref.digest)
+            if blob is None:
+                if self._closed:
+                    return
+                raise KeyError(ref.digest)
+            blob.references -= 1
+            if blob.references:
+                return
+            del self._blobs[ref.digest]
+            self._forget_sample(blob.sample)
+        self._free(blob.arena, blob.offset, blob.ref.size_bytes)
+
+    def has(self, ref: BlobRef) -> bool:
+        """Is the blob here?"""
+        blob = self._blobs.get(ref.digest)
+        return blob is not None and blob.ref == ref
+
+    def segment(self, ref: BlobRef) -> Segment:
+        """Return where the blob lies; good while a reference is held. Raises KeyError if it is not here."""
+        blob = self._blobs[ref.digest]
+        return Segment(blob.arena.fd, blob.offset, ref.size_bytes, blob.arena.number)
+
+    def view(self, ref: BlobRef) -> memoryview:
+        """Return the blob's bytes, read-only; good while a reference is held. Raises KeyError if it is not here."""
+        with self._lock:
+            blob = self._blobs[ref.digest]
+            return blob.arena.view()[blob.offset:blob.offset + ref.size_bytes].toreadonly()
+
+    def trim(self) -> None:
+        """Give all freed memory back to the system, for a time when nothing goes on."""
+        with self._lock:
+            empty = [arena for arena in self._arenas if not arena.live_bytes]  # one being copied to counts as live
+            for arena in empty:
+                self._arenas.remove(arena)
+            for arena in self._arenas:
+                arena.punch()
+        self._close_arenas(empty)
+
+    def close(self) -> None:
+        """Drop every blob and close every arena."""
+        with self._lock:
+            self._closed = True
+            arenas = [arena for arena in self._arenas if not arena.copying]  # the rest: `_end_copy`
+            self._arenas = [arena for arena in self._arenas if arena.copying]
+            self._blobs.clear()
+            self._samples.clear()
+        self._close_arenas(arenas)
+
+    def _publish(self, ref: BlobRef, arena: _Arena, offset: int, sample: tuple[int, bytes] | None) -> BlobRef:
+        """Make the bytes a blob; if another thread stored the same ones first, its copy stays and ours goes."""
+        with self._lock:
+            if self._closed:
+                raise ValueError("the blob store is closed")
+            known = self._blobs.get(ref.digest)
+            if known is None:
+                self._blobs[ref.digest] = _Blob(ref, arena, offset, sample)
+                if sample is not None:
+                    self._samples[sample] = self._samples.get(sample, 0) + 1
+                return ref
+            known.references += 1
+        self._free(arena, offset, ref.size_bytes)
+        return ref
+
+    def _forget_sample(self, sample: tuple[int, bytes] | None) -> None:
+        if sample is None:
+            return
+        self._samples[sample] -= 1
+        if not self._samples[sample]:
+            del self._samples[sample]
+
+    def _allocate(self, size_bytes: int) -> tuple[_Arena, int]:
+        size = _pages(size_bytes)
+        with self._lock:
+            if self._closed:
+                raise ValueError("the blob store is closed")
+            for arena in self._arenas:
+                if not arena.sole and (offset := arena.allocate(size)) is not None:
+                    arena.copying += 1
+                    return arena, offset
+        fd = _shared_file()
+        try:
+            os.ftruncate(fd, max(size, ARENA_BYTES))
+            arena = self._add_arena(fd, max(size, ARENA_BYTES), reserve=size, copying=1)
+        except BaseException:
+            os.close(fd)
+            raise
+        return arena, 0
+
+    def _end_copy(self, arena: _Arena) -> None:
+        with self._lock:
+            arena.copying -= 1
+            if not self._closed or arena.copying:
+                return
+            self._arenas.remove(arena)
+        self._close_arenas([arena])
+
+    def _add_arena(self, fd: int, file_bytes: int, *, reserve: int, sole: bool = False, copying: int = 0) -> _Arena:
+        with self._lock:
+            if self._closed:
+                raise ValueError("the blob store is closed")
+            self._numbers += 1
+            arena = _Arena(self._numbers, fd, file_bytes, sole=sole)
+            arena.allocate(reserve)
+            arena.copying = copying
+            self._arenas.append(arena)
+            return arena
+
+    def _free(self, arena: _Arena, offset: int, size_bytes: int) -> None:
+        with self._lock:
+            if arena not in self._arenas:  # the store was closed meanwhile
+                return
+            arena.free(offset, _pages(size_bytes))
+            if not self._is_superfluous(arena):
+                if self._spare_bytes() > SPARE_BYTES:
+                    arena.punch()
+                return
+            self._arenas.remove(arena)
+        self._close_arenas([arena])
+
+    def _is_superfluous(self, arena: _Arena) -> bool:
+        """Is it empty, and not the one empty arena that is kept for the next blob?"""
+        if arena.live_bytes:
+            return False
+        if arena.sole or arena.file_bytes > ARENA_BYTES:
+            return True
+        return any(not other.live_bytes for other in self._arenas if other is not arena)
+
+    def _spare_bytes(self) -> int:
+        return sum(arena.spare_bytes() for arena in self._arenas if not arena.sole)
+
+    def _close_arenas(self, arenas: Iterable[_Arena]) -> None:
+        for arena in arenas:
+            arena.close()
+            if self._arena_closed is not None:
+                self._arena_closed(arena.number)
+
+
+class BlobWriter:
+    """Receives a blob piece by piece, in order, and makes it a blob of the store once complete and verified."""
+
+    def __init__(self, store: BlobStore, ref: BlobRef, fd: int) -> None:
+        import xxhash
+
+        self.ref = ref
+        self.written_bytes = 0
+        self._store = store
+        self._fd = fd
+        self._hash: xxhash.xxh3_128 = xxhash.xxh3_128()
+
+    def __repr__(self) -> str:
+        return f"<BlobWriter {self.ref.digest.hex()}: {self.written_bytes:,} of {self.ref.size_bytes:,} bytes>"
+
+    @property
+    def is_complete(self) -> bool:
+        """Is every byte here?"""
+        return self.written_bytes == self.ref.size_bytes
+
+    def write(self, offset: int, piece: bytes | memoryview) -> None:
+        """Add the next piece. Raises ValueError if it is not the next or too long, OSError if there is no memory."""
+        if offset != self.written_bytes or offset + len(piece) > self.ref.size_bytes:
+            raise ValueError(f"a piece of {len(piece):,} bytes at {offset:,} does not follow {self!r}")
+        _write_at(self._fd, memoryview(piece), offset)
+        self._hash.update(cast("bytes", piece))
+        self.written_bytes += len(piece)
+
+    def finish(self) -> BlobRef:
+        """Publish the blob; the caller holds a reference. Raises ValueError if it is not what its digest says."""
+        if not self.is_complete or self._hash.digest() != self.ref.digest:
+            self.abandon()
+            raise ValueError(f"the bytes received are not those that digest {self.ref.digest.hex()} names")
+        fd, self._fd = self._fd, -1
+        return self._store.adopt(fd, self.ref.size_bytes, self.ref.digest)
+
+    def abandon(self) -> None:
+        """Drop what was received."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _pages(size_bytes: int) -> int:
+    return max(1, -(-size_bytes // _PAGE)) * _PAGE
+
+
+def _shared_file() -> int:
+    """Open a file that has no name and lives in memory, or in the temporary directory where there is no such thing."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("distexec")
+    fd, path = tempfile.mkstemp(prefix="distexec-")
+    os.unlink(path)
+    return fd
+
+
+def _write_at(fd: int, source: memoryview, offset: int) -> None:
+    while len(source):
+        done = os.pwrite(fd, source, offset)  # lets other threads run meanwhile, and makes new pages without faults
+        source, offset = source[done:], offset + done
+
+
+def _copy_and_digest(source: memoryview, arena: _Arena, offset: int) -> bytes:
+    import xxhash
+
+    hasher = xxhash.xxh3_128()
+    stored = arena.view()
+    for at in range(0, len(source), COPY_BYTES):
+        piece = source[at:at + COPY_BYTES]
+        _write_at(arena.fd, piece, offset + at)
+        hasher.update(cast("bytes", stored[offset + at:offset + at + len(piece)]))
+    return hasher.digest()

@@ -1,0 +1,316 @@
+"""How worker processes come to be and end: forked by the session's template, or as those of a multiprocessing context.
+
+    Pool ── start, end, close ──► TemplateStarter ── link ──► template ── fork ──► worker
+         ◄── born, died ──        ContextStarter ── context.Process.start() ─────► worker
+
+The rule: every worker that was started is reported dead exactly once, with its exit code or signal where anybody can
+know them, and nothing that a starter started outlives its `close`. All methods run on the I/O thread.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from multiprocessing.context import BaseContext
+from typing import Any, NamedTuple, Protocol, cast
+
+from distexec import payload, template, worker
+from distexec.errors import describe_exit
+from distexec.messages import BlobRef, Segment, SessionSpec
+from distexec.shipping import BlobStore
+from distexec.transport import Link, Loop
+
+CLOSING_S = template.GRACE_S + 3.0
+"""For a template to end after its link was closed. Shorter: a slow machine sees it killed with work undone."""
+
+DRAIN_S = 0.005
+"""Between two looks whether a dead process's socket still holds something. Longer: its loss is reported later."""
+
+_SECRET_VARIABLES = ("DISTEXEC_SECRET",)
+
+
+class Exit(NamedTuple):
+    """How a worker process ended, as far as it is known."""
+
+    exitcode: int | None = None
+    signal: int = 0
+    reason: str = ""
+    failure: bytes = b""  # the packed exception that kept it from starting
+
+
+class Starter(Protocol):
+    """What a pool needs of either kind."""
+
+    def start(self, number: int, link: socket.socket, page_fd: int, outputs: tuple[int, int] | None) -> None:
+        """Start worker `number`; the descriptors remain the caller's."""
+
+    def end(self, number: int) -> None:
+        """Kill worker `number` and all that descends from it."""
+
+    def close(self, on_closed: Callable[[], object]) -> None:
+        """End what is left, then call `on_closed()`."""
+
+
+Born = Callable[[int, int], object]  # number, pid
+Died = Callable[[int, Exit], object]
+
+
+class TemplateStarter:
+    """Starts workers by a template, and a template when there is none (any more)."""
+
+    def __init__(self, loop: Loop, spec: SessionSpec, store: BlobStore, born: Born, died: Died) -> None:
+        self._loop, self._spec, self._store, self._born, self._died = loop, spec, store, born, died
+        self._pids: dict[int, int] = {}  # of living workers, by number; 0 until known
+        self._template: _Template | None = None
+        self._on_closed: Callable[[], object] | None = None
+
+    @property
+    def pid(self) -> int:
+        """The template's process, 0 if there is none."""
+        return self._template.pid if self._template else 0
+
+    def start(self, number: int, link: socket.socket, page_fd: int, outputs: tuple[int, int] | None) -> None:
+        """Ask the template to fork a worker, after starting a template if need be."""
+        if self._template is None:
+            try:
+                self._template = _Template(self._loop, self._spec, self._store, self._on_report, self._on_gone)
+            except OSError as error:
+                self._died(number, Exit(reason=f"no process for the session could be started: {error}"))
+                return
+        self._pids[number] = 0
+        self._template.tell(template.Fork(number, outputs is not None), [link.fileno(), page_fd, *(outputs or ())])
+
+    def end(self, number: int) -> None:
+        """Have the template kill the worker and its descendants."""
+        if self._template is not None and number in self._pids:
+            self._template.tell(template.End(number))
+
+    def close(self, on_closed: Callable[[], object]) -> None:
+        """Let the template go; it kills what is left."""
+        self._on_closed = on_closed
+        if self._template is None:
+            on_closed()
+        else:
+            self._template.close()
+
+    def _on_report(self, report: template.Forked | template.Exited) -> None:
+        if isinstance(report, template.Forked):
+            self._pids[report.number] = report.pid
+            self._born(report.number, report.pid)
+        elif self._pids.pop(report.number, None) is not None:
+            self._died(report.number, Exit(report.exitcode, report.signal, report.reason))
+
+    def _on_gone(self, exitcode: int | None) -> None:
+        """The template ended: as asked, or with workers left, which must not outlive their guardian."""
+        self._template = None
+        left, self._pids = self._pids, {}
+        how = describe_exit(exitcode if exitcode is None or exitcode >= 0 else None, max(0, -(exitcode or 0)))
+        for number, pid in left.items():
+            if pid:
+                template.end_tree(pid)
+            self._died(number, Exit(reason=f"the process that it was forked from {how}, and it was killed too"))
+        if self._on_closed is not None:
+            self._on_closed()
+
+
+class _Template:
+    """One template process, from its start to its end."""
+
+    def __init__(self, loop: Loop, spec: SessionSpec, store: BlobStore, on_report: Callable[[Any], object],
+                 on_gone: Callable[[int | None], object]) -> None:
+        self._loop, self._on_report, self._on_gone = loop, on_report, on_gone
+        self._has_ended = self._is_closed = False
+        ours, theirs = socket.socketpair()
+        try:
+            self._process = subprocess.Popen(
+                template.command(theirs.fileno(), spec), env=environment(spec), stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()], start_new_session=True)
+        except OSError:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        self.pid = self._process.pid
+        self._exit_fd = watch_exit(loop, self.pid, self._on_exit)
+        self._link = loop.adopt(ours, template.FromTemplate, self._on_messages, self._on_closed, fds=True)
+        for ref in spec.initializer_buffers:
+            if isinstance(ref, BlobRef):
+                fd, offset, _, arena = store.segment(ref)
+                self.tell(Segment(ref, arena, offset), [fd])
+        self.tell(template.Prepare(spec))
+
+    def tell(self, message: template.ToTemplate, fds: Sequence[int] = ()) -> None:
+        self._link.queue([cast("Any", message)], fds)
+        self._link.flush()
+
+    def close(self) -> None:
+        """End it by closing its link; by force if that does not help."""
+        self._link.close("the session is over")
+        self._loop.call_later(CLOSING_S, self._force)
+
+    def _force(self) -> None:
+        if not self._has_ended:
+            template.end_tree(self.pid)
+
+    def _on_messages(self, _link: Link, messages: list[Any]) -> None:
+        for message in messages:
+            self._on_report(message)
+
+    def _on_closed(self, _link: Link, _reason: str) -> None:
+        self._is_closed = True
+        if self._exit_fd is None:
+            self._look_for_exit()
+        self._finish()
+
+    def _on_exit(self) -> None:
+        self._process.wait()
+        if self._exit_fd is not None:
+            self._loop.unwatch(self._exit_fd)
+            os.close(self._exit_fd)
+        self._has_ended = True
+        drain(self._link)
+        self._finish()
+
+    def _look_for_exit(self) -> None:
+        """Where a process cannot be watched: once it closed its link it has a moment left."""
+        if self._process.poll() is None:
+            self._loop.call_later(DRAIN_S, self._look_for_exit)
+        else:
+            self._on_exit()
+
+    def _finish(self) -> None:
+        if self._has_ended and self._is_closed:
+            self._on_gone(self._process.returncode)
+
+
+class ContextStarter:
+    """Starts workers as processes of a multiprocessing context, so that what only inheritance carries reaches them."""
+
+    def __init__(self, loop: Loop, spec: SessionSpec, context: BaseContext, initializer: Call | None, born: Born,
+                 died: Died) -> None:
+        self._loop, self._context, self._initializer, self._born, self._died = loop, context, initializer, born, died
+        self._environ = environment(spec) if spec.environ else {}
+        self._processes: dict[int, Any] = {}
+        self._exit_fds: dict[int, int] = {}
+
+    def start(self, number: int, link: socket.socket, page_fd: int, outputs: tuple[int, int] | None) -> None:
+        """Start the process; whatever pickling its arguments raises is reported as its death."""
+        fds = [Descriptor(fd) for fd in (page_fd, *(outputs or ()))]
+        process = self._context.Process(  # type: ignore[attr-defined]
+            target=run_in_context, args=(link, fds, self._environ, self._initializer), name=f"distexec-worker-{number}")
+        try:
+            process.start()
+        except Exception as error:  # the user's objects may raise anything; start_failed tells whoever waits
+            reason = f"the worker process could not be started: {type(error).__name__}: {error}"
+            self._died(number, Exit(reason=reason, failure=payload.CallUnpacker().pack_error(error)))
+            return
+        self._processes[number] = process
+        self._born(number, process.pid)
+        exit_fd = watch_exit(self._loop, process.pid, partial(self._on_exit, number))
+        if exit_fd is None:
+            self._loop.watch(process.sentinel, partial(self._on_exit, number))
+        else:
+            self._exit_fds[number] = exit_fd
+
+    def end(self, number: int) -> None:
+        """Kill the worker and its descendants."""
+        if number in self._processes:
+            template.end_tree(self._processes[number].pid)
+
+    def close(self, on_closed: Callable[[], object]) -> None:
+        """Kill what is left; there is nothing else to close."""
+        for number in list(self._processes):
+            self.end(number)
+        on_closed()
+
+    def _on_exit(self, number: int) -> None:
+        process = self._processes.pop(number)
+        exit_fd = self._exit_fds.pop(number, None)
+        self._loop.unwatch(process.sentinel if exit_fd is None else exit_fd)
+        if exit_fd is not None:
+            os.close(exit_fd)
+        process.join()
+        code = process.exitcode
+        if code is not None:  # else the program itself waited for all its children, and has the code
+            process.close()
+        self._died(number, Exit(code if code is None or code >= 0 else None, max(0, -(code or 0))))
+
+
+Call = tuple[Callable[..., object], tuple[Any, ...]]
+
+
+class Descriptor:
+    """A file descriptor that reaches a process of any multiprocessing context as an argument."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd: Any = fd
+
+    def take(self) -> int:
+        """Return the descriptor, in the process that it was sent to."""
+        return self._fd if isinstance(self._fd, int) else cast("int", self._fd.detach())
+
+    def __reduce__(self) -> tuple[object, ...]:
+        from multiprocessing.reduction import DupFd
+
+        return Descriptor, (DupFd(self._fd),)
+
+
+def run_in_context(link: socket.socket, fds: list[Descriptor], environ: dict[str, str],
+                   initializer: Call | None) -> None:
+    """Be a worker in a process that multiprocessing started; SystemExit if its initializer raised."""
+    template.die_with_parent(os.getppid())
+    os.environ.update(environ)
+    page_fd, *outputs = [each.take() for each in fds]
+
+    def initialize(_unpacker: payload.CallUnpacker) -> None:
+        if initializer is not None:
+            function, args = initializer
+            function(*args)
+
+    try:
+        status = worker.serve(link.detach(), page_fd, initializer=initialize,
+                              outputs=(outputs[0], outputs[1]) if outputs else None)
+    except KeyboardInterrupt:
+        os._exit(130)  # Ctrl-C between tasks: the client got it too and decides what happens
+    if status:
+        sys.exit(status)
+
+
+def environment(spec: SessionSpec) -> dict[str, str]:
+    """Return the environment of a session's processes: the client's, and never the cluster's secret.
+
+    What tells this machine's interpreter where it is installed stays this machine's.
+    """
+    environ = dict(spec.environ or os.environ)
+    for name in _SECRET_VARIABLES:
+        environ.pop(name, None)
+    if "PYTHONHOME" in os.environ:
+        environ["PYTHONHOME"] = os.environ["PYTHONHOME"]
+    else:
+        environ.pop("PYTHONHOME", None)
+    return environ
+
+
+def watch_exit(loop: Loop, pid: int, callback: Callable[[], object]) -> int | None:
+    """Call `callback()` when the process has ended; return the descriptor watched, or None where that cannot be had."""
+    try:
+        fd = os.pidfd_open(pid)
+    except (AttributeError, OSError):
+        return None  # the caller has a second way to notice
+    loop.watch(fd, callback)
+    return fd
+
+
+def drain(link: Link) -> None:
+    """Close the link of a dead process once all it sent was read, even if its offspring still holds the other end."""
+    if link.sock.fileno() < 0:
+        return
+    if select.select([link.sock], [], [], 0)[0]:
+        link.loop.call_later(DRAIN_S, drain, link)
+    else:
+        link.finish("its process ended")

@@ -1,0 +1,384 @@
+"""The template: a clean, single-threaded process that forks a session's workers and guards everything below it.
+
+    pool ── Prepare, Fork + descriptors, End ──► template ── fork ──► worker ──► what tasks start
+         ◄── Forked, Exited ──                       ◄── SIGCHLD ──
+
+It runs in a session of its own, so no terminal signal reaches it or its workers, and it is the reaper of its orphans.
+The rule: when its pool's process dies or closes the control link, it kills every descendant until none is left, then
+exits. It never runs user code itself and never starts a thread; a forked worker finds nothing half-done.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import selectors
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from multiprocessing import process as multiprocessing_process
+from typing import Any, NoReturn
+
+from msgspec import Struct
+
+from distexec import payload, worker
+from distexec.messages import Segment, SessionSpec
+from distexec.outbox import BlockingLink
+from distexec.shipping import map_segment
+
+GRACE_S = 2.0
+"""For multiprocessing's resource trackers to unlink what the dead left. Shorter: shared memory may stay behind."""
+
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+
+
+class Prepare(Struct, frozen=True, array_like=True, tag=1):
+    """Pool to template: what the session's workers are to find. Only the blobs of its initializer come before it."""
+
+    spec: SessionSpec
+
+
+class Fork(Struct, frozen=True, array_like=True, tag=2, gc=False):
+    """Pool to template: fork worker `number`; with it come its link, page and, if `captured`, stdout and stderr."""
+
+    number: int
+    captured: bool
+
+
+class End(Struct, frozen=True, array_like=True, tag=3, gc=False):
+    """Pool to template: kill worker `number` and all that descends from it."""
+
+    number: int
+
+
+class Forked(Struct, frozen=True, array_like=True, tag=10, gc=False):
+    """Template to pool: worker `number` is process `pid`."""
+
+    number: int
+    pid: int
+
+
+class Exited(Struct, frozen=True, array_like=True, tag=11, gc=False):
+    """Template to pool: worker `number` is gone, by exit code or signal, or could not be forked (`reason`)."""
+
+    number: int
+    exitcode: int | None
+    signal: int
+    reason: str = ""
+
+
+ToTemplate = Segment | Prepare | Fork | End
+FromTemplate = Forked | Exited
+
+
+def main(control_fd: int, parent: int) -> NoReturn:
+    """Serve the pool at the other end of `control_fd`, in process `parent`, until it goes; then end all descendants."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])  # the thread that started us may have blocked some
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
+    status = 1
+    try:
+        _Template(socket.socket(fileno=control_fd), parent).run()
+        status = 0
+    except (EOFError, ConnectionError):
+        status = 0  # the pool went: what it wanted of us ends with it
+    finally:
+        end_descendants()
+        os._exit(status)
+
+
+class _Template:
+    def __init__(self, control: socket.socket, parent: int) -> None:
+        self._link = BlockingLink(control, ToTemplate)
+        self._parent = parent
+        self._pids: dict[int, int] = {}  # worker pid → number
+        self._spec = SessionSpec()
+        self._unpacker = payload.CallUnpacker()
+        self._initializer: worker.Initializer | None = None
+        self._blobs: dict[bytes, memoryview] = {}  # of the initializer: mapped here once, inherited by every worker
+        self._woken, self._wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._parent_fd = _open_pidfd(parent)
+        self._selector = selectors.DefaultSelector()
+        for source in (control, self._woken, self._parent_fd):
+            if source is not None:
+                self._selector.register(source, selectors.EVENT_READ)
+        signal.signal(signal.SIGCHLD, lambda *_: None)  # only so that the wake-up descriptor is written to
+        signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
+
+    def run(self) -> None:
+        """Act on what the pool says and report who died, until the pool is gone (EOFError) or its process is."""
+        become_reaper()
+        gc.disable()  # a collection would touch, and so copy, every page that the workers share
+        while os.getppid() == self._parent:
+            for key, _ in self._selector.select(None if self._parent_fd is not None else 1.0):
+                if key.fd == self._link.fileno():
+                    for message in self._link.receive():
+                        self._act(message)
+                elif key.fd == self._woken:
+                    self._reap()
+
+    def _act(self, message: ToTemplate) -> None:
+        match message:
+            case Segment(blob, _, offset):
+                fd = self._link.received_fds.popleft()
+                self._blobs[blob.digest] = map_segment(fd, offset, blob.size_bytes)
+                os.close(fd)
+            case Prepare(spec):
+                self._spec = spec
+                prepare(spec)
+                self._unpacker.install_main(script_of(spec))
+                self._initializer = make_initializer(spec, self._blobs)
+                gc.freeze()
+            case Fork(number, captured):
+                self._fork(number, [self._link.received_fds.popleft() for _ in range(4 if captured else 2)])
+            case End(number):
+                for pid in [pid for pid, known in self._pids.items() if known == number]:
+                    end_tree(pid)
+
+    def _fork(self, number: int, fds: list[int]) -> None:
+        try:
+            pid = os.fork()
+        except OSError as error:
+            self._link.send([Exited(number, None, 0, f"no process could be forked: {error}")])
+        else:
+            if pid == 0:
+                self._become_worker(number, fds)
+            self._pids[pid] = number
+            self._link.send([Forked(number, pid)])
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    def _become_worker(self, number: int, fds: list[int]) -> NoReturn:
+        status = 1
+        try:
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            self._selector.close()
+            self._link.close()
+            for fd in (self._woken, self._wake, self._parent_fd):
+                if fd is not None:
+                    os.close(fd)
+            die_with_parent(os.getppid())
+            gc.enable()
+            multiprocessing_process.current_process().name = f"distexec-worker-{number}"
+            status = worker.serve(*fds[:2], unpacker=self._unpacker, initializer=self._initializer,
+                                  outputs=(fds[2], fds[3]) if len(fds) == 4 else None)
+            worker.leave()
+        except KeyboardInterrupt:
+            status = 130
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+        finally:
+            os._exit(status)
+
+    def _reap(self) -> None:
+        while True:
+            try:
+                os.read(self._woken, 4096)
+            except BlockingIOError:
+                break
+        reports = []
+        for pid, status in _reap_all():
+            number = self._pids.pop(pid, None)
+            if number is not None:  # else an orphan of a task, which nobody asks about
+                code = os.waitstatus_to_exitcode(status)
+                reports.append(Exited(number, code if code >= 0 else None, max(0, -code)))
+        if reports:
+            self._link.send(reports)
+
+
+def prepare(spec: SessionSpec) -> None:
+    """Give this process the client's sys.path, working directory, arguments and authentication key.
+
+    Environment and warning filters came with the command line. Directories of this machine that the client's path lacks
+    stay at its end, or on another machine nothing that distexec needs could be imported.
+    """
+    if spec.path:
+        sys.path[:] = [*spec.path, *(entry for entry in sys.path if entry not in spec.path)]
+    if spec.argv:
+        sys.argv[:] = spec.argv
+    if spec.authkey:
+        multiprocessing_process.current_process().authkey = spec.authkey
+    if spec.directory:
+        try:
+            os.chdir(spec.directory)
+        except OSError:
+            pass  # it does not exist on this machine; a task that needs it will say so
+
+
+def script_of(spec: SessionSpec) -> str | None:
+    """Return what `__main__.__file__` should be: the client's script, where this machine has it.
+
+    multiprocessing runs it again in the spawned children of a task, as it would in those of the client. A module of a
+    package cannot be run so.
+    """
+    if not spec.argv or not spec.argv[0].endswith(".py"):
+        return None
+    path = os.path.abspath(os.path.join(spec.directory, spec.argv[0]))
+    in_package = os.path.exists(os.path.join(os.path.dirname(path), "__init__.py"))
+    return path if os.path.isfile(path) and not in_package else None
+
+
+def make_initializer(spec: SessionSpec, blobs: dict[bytes, memoryview]) -> worker.Initializer | None:
+    """Return what a worker calls before it is ready, or None; it is unpickled only there."""
+    if not spec.initializer and not spec.initializer_buffers:
+        return None
+    buffers: list[bytes | memoryview] = [
+        each if isinstance(each, bytes) else blobs[each.digest] for each in spec.initializer_buffers]
+    data: Any = spec.initializer or buffers.pop(0)  # a large pickle is the first buffer
+
+    def initialize(unpacker: payload.CallUnpacker) -> None:
+        (function, args), _ = unpacker.load_call(data, buffers)
+        function(*args)
+
+    return initialize
+
+
+def command(control_fd: int, spec: SessionSpec) -> list[str]:
+    """Return the command line that starts a template: this interpreter, its flags, the session's warning filters."""
+    from multiprocessing.util import _args_from_interpreter_flags  # type: ignore[attr-defined]
+
+    flags = [flag for flag in _args_from_interpreter_flags() if not flag.startswith("-W")]
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    # The empty first entry would let any file in the working directory stand in for a module of ours.
+    # msgspec takes from typing_extensions, if it is there, what this Python's typing has as well: a fifth of our start.
+    code = (f"import sys; sys.path[:1] = [{root!r}] + [p for p in sys.path[:1] if p]; "
+            f"sys.modules['typing_extensions'] = None; from distexec.template import main; "
+            f"del sys.modules['typing_extensions']; main({control_fd}, {os.getpid()})")
+    return [sys.executable, *flags, *(f"-W{option}" for option in spec.warnings), "-c", code]
+
+
+# ---- the tree of processes below one
+
+
+def become_reaper() -> None:
+    """Make orphaned descendants children of this process, where the system can (Linux)."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def die_with_parent(parent: int) -> None:
+    """Have this process killed when the thread of `parent` that started it ends, where the system can (Linux)."""
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before
+        os._exit(1)
+
+
+def _prctl(option: int, argument: int) -> None:
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(option, argument, 0, 0, 0)
+
+
+def end_tree(pid: int) -> None:
+    """Kill process `pid` and all its descendants; each is stopped when found, so that none forks behind our back."""
+    found: dict[int, None] = {}
+    fresh = [pid]
+    while fresh:
+        for each in fresh:
+            found[each] = None
+            _signal(each, signal.SIGSTOP)
+        fresh = [each for each in _descendants(pid) if each not in found]
+    for each in found:
+        _signal(each, signal.SIGKILL)
+
+
+def end_descendants() -> None:
+    """Kill every descendant of this process, the reaper of its orphans, until none is left."""
+    deadline = time.monotonic() + GRACE_S
+    while True:
+        trackers = time.monotonic() < deadline
+        found = [pid for pid in _descendants(os.getpid(), trackers=False) if pid]
+        for pid in found:
+            end_tree(pid)
+        if not found and not trackers:
+            found = list(_descendants(os.getpid(), trackers=True))
+            for pid in found:
+                _signal(pid, signal.SIGKILL)
+        if not _wait_child(0.05):
+            return
+
+
+def _wait_child(timeout_s: float) -> bool:
+    """Reap what has died, waiting a moment if nothing has; False if there is no child at all."""
+    try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
+        for _ in _reap_all():
+            pass
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    if hasattr(signal, "sigtimedwait"):
+        signal.sigtimedwait([signal.SIGCHLD], timeout_s)
+    return True
+
+
+def _reap_all() -> Iterator[tuple[int, int]]:
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if pid == 0:
+            return
+        yield pid, status
+
+
+def _descendants(root: int, *, trackers: bool = False) -> list[int]:
+    """List who descends from `root`, without multiprocessing's resource trackers unless asked for.
+
+    Those end by themselves after the last of the processes they serve, and unlink what these left behind.
+    """
+    children: dict[int, list[int]] = {}
+    for pid, parent in _processes():
+        children.setdefault(parent, []).append(pid)
+    below = list(children.get(root, ()))
+    for pid in below:  # grows while we walk
+        below.extend(children.get(pid, ()))
+    return below if trackers else [pid for pid in below if not _is_tracker(pid)]
+
+
+def _processes() -> Iterable[tuple[int, int]]:
+    """Yield (pid, parent) of every process that is not a zombie."""
+    if sys.platform != "linux":
+        import psutil
+
+        return [(process.pid, process.ppid()) for process in psutil.process_iter()]
+    return _read_proc()
+
+
+def _read_proc() -> Iterator[tuple[int, int]]:
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                with open(f"/proc/{name}/stat", "rb", buffering=0) as file:
+                    state, parent = file.read(512).rpartition(b")")[2].split()[:2]
+            except (OSError, ValueError):
+                continue  # it ended while we looked
+            if state not in (b"Z", b"X"):
+                yield int(name), int(parent)
+
+
+def _is_tracker(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb", buffering=0) as file:
+            return b"multiprocessing.resource_tracker" in file.read(4096)
+    except OSError:
+        return False  # it ended, or there is no /proc: then it is killed like the rest
+
+
+def _signal(pid: int, number: int) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        pass  # it ended by itself
+
+
+def _open_pidfd(pid: int) -> int | None:
+    try:
+        return os.pidfd_open(pid)
+    except (AttributeError, OSError):
+        return None  # an older kernel or another system: the caller asks for the parent every second instead
