@@ -1,4 +1,5 @@
-"""Addresses as users write them, and as sockets want them. The rule: what cannot be an address is refused with its text."""
+"""Addresses as users write them, and as sockets want them. The rule: what cannot be an address is refused with its
+text."""
 
 from __future__ import annotations
 
@@ -10,13 +11,15 @@ __all__ = ["DEFAULT_PORT", "format_address", "parse_address", "resolve"]
 
 DEFAULT_PORT = 9730
 
-_FORMS = re.compile(r"\[(?P<v6>[^\[\]]+)\](?::(?P<v6_port>\d+))?\Z|(?P<host>[^\s:\[\]/@]+)(?::(?P<port>\d+))?\Z", re.ASCII)
+_FORMS = re.compile(r"\[(?P<v6>[^\[\]]+)\](?::(?P<v6_port>\d+))?\Z"
+                    r"|(?P<host>[^\s:\[\]/@]+)(?::(?P<port>\d+))?\Z", re.ASCII)
 
 
 def parse_address(text: str, default_port: int = DEFAULT_PORT, *, lowest_port: int = 1) -> tuple[str, int]:
     """Split "host", "host:port", "[v6]", "[v6]:port" or a bare IPv6 address into host and port.
 
-    `lowest_port` is 0 for an address to listen on, where 0 stands for a free port. Raises ValueError that quotes the text and shows the forms.
+    `lowest_port` is 0 for an address to listen on, where 0 stands for a free port. Raises ValueError that quotes the
+    text and shows the forms.
     """
     text = text.strip()
     if text.count(":") > 1 and not text.startswith("["):

@@ -2,14 +2,13 @@
 
     proof = HMAC-SHA256(HKDF-SHA256(secret, purpose), direction ‖ SHA-256(handshake fields, each with its length))
 
-The secret itself is never sent and never used as a key directly; each purpose has a key of its own, so that what one use
-reveals says nothing to another. Sources: RFC 5869 (HKDF), RFC 2104 (HMAC).
+The secret itself is never sent and never used as a key directly; each purpose has a key of its own, so that what one
+use reveals says nothing to another. Sources: RFC 5869 (HKDF), RFC 2104 (HMAC).
 """
 
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import hmac
 import re
@@ -28,7 +27,7 @@ DIALLER = b"dialler"
 LISTENER = b"listener"
 """The directions of a proof: which end of the link made it. They differ, so a proof sent back proves nothing."""
 
-_HEX = re.compile(r"[0-9a-fA-F]+\Z")
+_HEX_LIKE = re.compile(r"(?:0[xX])?[0-9a-fA-F]+\Z")  # never base64, not even when a digit is missing
 _REMEDY = "make one with `distexec secret new`"
 
 
@@ -45,7 +44,7 @@ class Secret:
 
     def __init__(self, key: bytes) -> None:
         if len(key) < MIN_SECRET_BYTES:
-            raise ValueError(f"the secret has {8 * len(key)} bits; at least {8 * MIN_SECRET_BYTES} are needed: {_REMEDY}")
+            raise ValueError(f"the secret has {8 * len(key)} bits, not {8 * MIN_SECRET_BYTES} or more: {_REMEDY}")
         if len(set(key)) < MIN_DISTINCT_BYTES:
             raise ValueError(f"the secret is not random (few different bytes): {_REMEDY}")
         self.key = bytes(key)
@@ -57,14 +56,13 @@ class Secret:
         Raises ValueError, which never quotes the text, when it is neither or too short.
         """
         text = text.strip()
-        if not text.isascii():
-            raise ValueError(f"the secret is neither hexadecimal nor base64: {_REMEDY}")
-        if _HEX.match(text) and len(text) % 2 == 0:
-            return cls(bytes.fromhex(text))
         unpadded = text.rstrip("=").replace("-", "+").replace("_", "/")
         try:
-            key = base64.b64decode(unpadded + "=" * (-len(unpadded) % 4), validate=True)
-        except binascii.Error:
+            if _HEX_LIKE.match(text):
+                key = bytes.fromhex(text)
+            else:
+                key = base64.b64decode(unpadded + "=" * (-len(unpadded) % 4), validate=True)
+        except ValueError:  # base64's own error is one too
             raise ValueError(f"the secret is neither hexadecimal nor base64: {_REMEDY}") from None
         return cls(key)
 

@@ -116,6 +116,8 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             return self._reduce_class(obj)
         if kind.__module__ in MAIN_NAMES or kind.__module__ == "typing":
             return self._reduce_instance(obj)
+        if isinstance(obj, io.IOBase):
+            return _reduce_file(obj)
         return NotImplemented
 
     def _reduce_function(self, obj: Any) -> Reduced:
@@ -195,6 +197,7 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             return reduced  # by reference
         self.is_by_value = True
         make, args, attributes, _, _, set_state = reduced
+        attributes[0].pop("__slotnames__", None)  # a cache that pickling an instance leaves
         identity = args[-2]
         mainmodule.track_class(identity, cls)
         members: dict[str, dict[str, Any]] = {}
@@ -208,6 +211,9 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
                     members[name] = own
         else:
             bases = args[2]
+            if typing.NamedTuple in bases:  # a function that makes a class, and would make one without fields
+                bases = cls.__bases__
+                args = (*args[:2], bases, *args[3:])
             if "__slots__" in vars(cls):
                 args[3].setdefault("__slots__", vars(cls)["__slots__"])
         state = identity, self._class_version(cls, identity), set_state, attributes, members
@@ -259,12 +265,22 @@ class DefinitionPickler(Pickler):
         top, _, inner = qualname.partition(".")
         if namespace is not self.namespace or top != self.name:
             return super()._reduce_main(obj, namespace, qualname)
-        reduced = (self._class_by_value(obj, cloudpickle.Pickler.reducer_override(self, obj))
+        reduced = (self._class_by_value(obj, self._class_as_from_main(obj))
                    if isinstance(obj, type) else self._function_by_value(obj))
         if inner or not isinstance(reduced, tuple):
             return reduced
         make, args, *rest = reduced
         return mainmodule.bind, (self.name, make, args), *rest
+
+    def _class_as_from_main(self, cls: type) -> Reduced:
+        module = sys.modules.get(cls.__module__)
+        if cls.__module__ == "__main__" or module is None or _is_sent_by_value(module):
+            return cloudpickle.Pickler.reducer_override(self, cls)
+        cloudpickle.register_pickle_by_value(module)  # to it, `__mp_main__` is a module like others
+        try:
+            return cloudpickle.Pickler.reducer_override(self, cls)
+        finally:
+            cloudpickle.unregister_pickle_by_value(module)
 
     def _class_version(self, cls: type, identity: str) -> int | None:
         return None
@@ -426,12 +442,14 @@ def _reduce_cell(cell: CellType) -> Reduced:
     return mainmodule.make_cell, (), (contents,), None, None, mainmodule.set_cell  # (None) would mean: no state
 
 
-def _reduce_text_file(file: io.TextIOWrapper) -> Reduced:
+def _reduce_file(file: io.IOBase) -> Reduced:
     """The standard streams are each process's own; the contents of other files are not sent behind the user's back."""
     for name in ("stdin", "stdout", "stderr"):
         if file is getattr(sys, name):
             return getattr, (sys, name)
-    raise TypeError(f"cannot pickle {type(file).__name__!r} object")
+    if isinstance(file, io.TextIOWrapper):  # cloudpickle would read it and send what it holds
+        raise TypeError(f"cannot pickle {type(file).__name__!r} object")
+    return NotImplemented
 
 
 def _reduce_context_variable(variable: Any) -> Reduced:
@@ -442,6 +460,10 @@ def _reduce_context_variable(variable: Any) -> Reduced:
     except LookupError:  # it has none
         default = {}
     return copyreg.__newobj_ex__, (type(variable), (variable.name,), default)  # type: ignore[attr-defined]
+
+
+def _reduce_weak_mapping(mapping: Any) -> Reduced:
+    return type(mapping), (dict(mapping),)
 
 
 def _make_anew(name: str) -> Callable[[Any], Reduced]:
@@ -455,16 +477,19 @@ def _make_anew(name: str) -> Callable[[Any], Reduced]:
 def _types_made_anew() -> dict[type, Callable[[Any], Reduced]]:
     import _thread
     from contextvars import ContextVar
+    from weakref import WeakKeyDictionary, WeakValueDictionary
 
     return {
         type(_thread.allocate_lock()): _make_anew("_thread.allocate_lock"),
         _thread.RLock: _make_anew("_thread.RLock"),
         _thread._local: _make_anew("_thread._local"),
         ContextVar: _reduce_context_variable,
+        WeakKeyDictionary: _reduce_weak_mapping,
+        WeakValueDictionary: _reduce_weak_mapping,
     }
 
 
 Pickler.dispatch_table = ChainMap(
-    {CodeType: _reduce_code, CellType: _reduce_cell, io.TextIOWrapper: _reduce_text_file},
+    {CodeType: _reduce_code, CellType: _reduce_cell},
     cloudpickle.Pickler.dispatch_table)
 DefinitionPickler.dispatch_table = ChainMap(_types_made_anew(), Pickler.dispatch_table)

@@ -5,14 +5,14 @@
 
 Each global has a current definition with a version. The rule: whatever could have changed since is looked at again for
 every payload, because a task is the value at `submit`. A definition has *witnesses* where that can be done by comparing
-objects (code, constants, attributes of classes); otherwise it is pickled again and its digest compared.
+objects (code, constants, attributes of classes); mutable data is pickled plainly and the digest compared; what even
+that cannot do is pickled as for sending.
 """
 
 from __future__ import annotations
 
 import itertools
 import pickle
-import sys
 import types
 from abc import ABCMeta, _get_dump  # type: ignore[attr-defined]
 from collections import namedtuple
@@ -49,13 +49,22 @@ class _Global:
     needs: Needs = field(default_factory=dict)
     uses: Needs = field(default_factory=dict)
     witnesses: list[Witness] | None = None
-    plain_digest: bytes = b""  # of a plain pickle, which is quicker to make; b"": there is none
     error: BaseException | None = None  # why it has no data
     version: int = 0
     is_first: bool = True
 
     def define(self, problem: str) -> Definition:
         return Definition(self.name, self.version, self.is_first, self.data, len(self.buffers), problem)
+
+
+@dataclass(slots=True)
+class _Function:
+    """A function or class of `__main__` that was packed; the reference keeps its id from being used again."""
+
+    fn: object
+    home: Needs  # the global that it is or lies in
+    versions: list[int]  # of all it relies on
+    packed: tuple[bytes, list[memoryview], bytes]
 
 
 class Definitions:
@@ -68,8 +77,7 @@ class Definitions:
     def __init__(self) -> None:
         self._scope = MainScope()
         self._globals: dict[str, _Global] = {}
-        # name -> function, versions of all it relies on, its payload
-        self._functions: dict[str, tuple[object, tuple[int, ...], tuple[bytes, list[memoryview], bytes]]] = {}
+        self._functions: dict[int, _Function] = {}  # by id
         self._shipped: dict[bytes, dict[str, int]] = {}  # key of a function -> versions that travel with it
 
     @property
@@ -83,20 +91,22 @@ class Definitions:
 
     def pack_function(self, fn: Any, error: Exception | None = None) -> tuple[bytes, list[memoryview], bytes]:
         """As `CallPacker.pack_function`; `error`: why plain pickle failed, to be raised if this does too."""
-        found = self._scope.find(fn) if isinstance(fn, (FunctionType, CachedFunction, type)) else None
-        if found is None:
-            pickler = self._run(fn, error)
-            return self._keyed(*self._bundle(pickler.packed, {**pickler.needs, **pickler.uses}, pickler.needs))
-        namespace, qualname = found
-        top = qualname.partition(".")[0]
-        relied_on = self._collect({top: namespace})
-        versions = tuple(item.version for item in relied_on)
-        known = self._functions.get(qualname)
-        if known is not None and known[0] is fn and known[1] == versions and not any(i.buffers for i in relied_on):
-            return known[2]
+        known = self._functions.get(id(fn))
+        if known is not None:
+            home = known.home
+        else:
+            found = self._scope.find(fn) if isinstance(fn, (FunctionType, CachedFunction, type)) else None
+            if found is None:
+                pickler = self._run(fn, error)
+                return self._keyed(*self._bundle(pickler.packed, {**pickler.needs, **pickler.uses}, pickler.needs))
+            home = {found[1].partition(".")[0]: found[0]}
+        relied_on = self._collect(home)
+        versions = [item.version for item in relied_on]
+        if known is not None and known.versions == versions and not any(item.buffers for item in relied_on):
+            return known.packed
         pickler = self._run(fn, error)
-        packed = self._keyed(*self._assemble(pickler.packed, relied_on, {top: namespace}))
-        _remember(self._functions, qualname, (fn, versions, packed))
+        packed = self._keyed(*self._assemble(pickler.packed, relied_on, home))
+        _remember(self._functions, id(fn), _Function(fn, home, versions, packed))
         return packed
 
     def pack_call(self, call: Any, known: bytes | None, error: Exception | None = None) -> Packed:
@@ -178,12 +188,9 @@ class Definitions:
         if value is _UNBOUND:
             return None
         known = self._globals.get(name)
-        if known is not None and known.value is value and known.home is home:
-            if known.witnesses is not None:
-                if _hold(known.witnesses):
-                    return known
-            elif known.plain_digest and _plain_digest(value) == known.plain_digest:
-                return known
+        if (known is not None and known.value is value and known.home is home
+                and known.witnesses is not None and _hold(known.witnesses)):
+            return known
         item = self._make(name, home, value)
         known = self._globals.setdefault(name, item)
         if known is not item and known.digest == item.digest:
@@ -201,10 +208,7 @@ class Definitions:
             return _Global(name, home, value, b"unsendable", witnesses=[], error=error)  # until it is another object
         pickler.needs.pop(name, None)
         witnesses = find_witnesses(value, name, home, self._scope)
-        item = _Global(name, home, value, digest(data, buffers), data, buffers, pickler.needs, pickler.uses, witnesses)
-        if witnesses is None and not buffers and not isinstance(value, (FunctionType, CachedFunction, type)):
-            item.plain_digest = _plain_digest(value)
-        return item
+        return _Global(name, home, value, digest(data, buffers), data, buffers, pickler.needs, pickler.uses, witnesses)
 
 
 class _RootPickler(Pickler):
@@ -233,13 +237,13 @@ def _plain_digest(value: Any) -> bytes:
     buffers: list[pickle.PickleBuffer] = []
     try:
         data = pickle.dumps(value, PROTOCOL, buffer_callback=buffers.append)
-    except (Exception, SystemExit):  # no quick way to compare it; the slow one was taken before
+    except (Exception, SystemExit):  # then there is no quick way to compare it
         return b""
     return digest(data, [buffer.raw() for buffer in buffers])
 
 
 def _without_buffers(item: _Global) -> _Global:
-    return _Global(item.name, item.home, item.value, item.digest, item.data, [], item.needs, item.uses, None, b"",
+    return _Global(item.name, item.home, item.value, item.digest, item.data, [], item.needs, item.uses, None,
                    item.error, item.version, item.is_first)
 
 
@@ -271,7 +275,10 @@ Witness = tuple[Callable[[Any, Any], bool], Any, Any]
 
 
 def _hold(witnesses: Iterable[Witness]) -> bool:
-    return all(test(subject, before) for test, subject, before in witnesses)
+    for test, subject, before in witnesses:  # noqa: SIM110 - twice as quick as all(), and there are many
+        if not test(subject, before):
+            return False
+    return True
 
 
 def find_witnesses(value: Any, name: str, home: Namespace, scope: MainScope) -> list[Witness] | None:
@@ -310,7 +317,12 @@ class _WitnessSearch:
             return self.covers(value.func)
         if isinstance(value, Enum):
             return self.covers(kind)
-        return kind.__module__ in _UNCHANGING_MODULES
+        return kind.__module__ in _UNCHANGING_MODULES or self._covers_data(value)
+
+    def _covers_data(self, value: Any) -> bool:
+        now = _plain_digest(value)
+        self.witnesses.append((_is_same_data, value, now))
+        return now != b""
 
     def _is_elsewhere(self, obj: Any) -> bool:
         """Say whether a function or class goes by name, which must go on meaning it."""
@@ -325,14 +337,16 @@ class _WitnessSearch:
         return True
 
     def _covers_function(self, function: FunctionType) -> bool:
-        if self._is_elsewhere(function) or _is_of_standard_library(function):
+        if self._is_elsewhere(function) or _comes_with_class(function):
             return True
         state = function.__code__, function.__defaults__, function.__kwdefaults__, function.__closure__
         self.witnesses.append((_is_function_state, function, state))
-        self.witnesses.append((_are_items, function.__dict__, tuple(function.__dict__.items())))
-        return (function.__kwdefaults__ is None and self.covers(function.__defaults__)
-                and all(map(self._covers_cell, function.__closure__ or ()))
-                and all(map(self.covers, function.__dict__.values())))
+        return (self.covers(function.__defaults__) and all(map(self._covers_cell, function.__closure__ or ()))
+                and self._covers_items(function.__dict__) and self._covers_items(function.__kwdefaults__ or {}))
+
+    def _covers_items(self, mapping: dict[str, Any]) -> bool:
+        self.witnesses.append((_are_items, mapping, tuple(mapping.items())))
+        return all(map(self.covers, mapping.values()))
 
     def _covers_cell(self, cell: CellType) -> bool:
         contents = _contents(cell)
@@ -373,10 +387,9 @@ _MADE_WITH_CLASS = frozenset(("_abc_impl", "_field_defaults", "_fields", "_is_pr
 """Attributes that class statements and decorators make and nobody sets later."""
 
 
-def _is_of_standard_library(function: FunctionType) -> bool:
-    """Say whether a library wrapped something of the user's: its cells are its own business."""
-    module = function.__globals__.get("__name__")
-    return isinstance(module, str) and module not in MAIN_NAMES and module.partition(".")[0] in sys.stdlib_module_names
+def _comes_with_class(function: FunctionType) -> bool:
+    """Say whether a class decorator or base made the function: what is in its cells is not the user's."""
+    return function.__globals__.get("__name__") in ("abc", "collections", "dataclasses", "enum", "reprlib", "typing")
 
 
 def _contents(cell: CellType) -> Any:
@@ -401,6 +414,10 @@ def _is_cell_state(cell: CellType, before: Any) -> bool:
 
 def _are_items(mapping: Any, before: tuple[tuple[str, Any], ...]) -> bool:
     return len(mapping) == len(before) and all(mapping.get(name, _UNBOUND) is value for name, value in before)
+
+
+def _is_same_data(value: Any, before: bytes) -> bool:
+    return _plain_digest(value) == before
 
 
 def _are_bases(cls: type, before: tuple[type, ...]) -> bool:

@@ -127,20 +127,42 @@ class Dispatcher:
             scheduler.submit(session, task)
             if not scheduler.has_news:
                 return True
-            ports = self._post()
-            rest = self._rest()
             now = time.monotonic()
             is_burst = now - self._submitted_at < BURST_S
             self._submitted_at = now
+            rest = None
+            if scheduler.only_speaks and not session.limited:
+                # One task handed to a free slot: nothing else can be due, and its way should be short.
+                ports = self._post()
+            else:
+                ports = self._post()
+                rest = self._rest()
             if is_burst and ports:
                 has_flusher = bool(self._burst)
                 self._burst.update(dict.fromkeys(ports))
-        if is_burst:
-            if ports and not has_flusher:
-                self.loop.call_soon(self._flush_burst)
-        else:
+        if not is_burst:
             for port in ports:
                 port.flush()
+        elif ports and not has_flusher:
+            self.loop.call_soon(self._flush_burst)
+        if rest is not None:
+            self._carry_out(*rest)
+        return True
+
+    def submit_many(self, root: Gate, tasks: Sequence[Task], definition: Define) -> bool:
+        """Give the scheduler several calls of one function at once. False, and none taken, if the gate closed. Any thread."""
+        scheduler = self.scheduler
+        with self.lock:
+            if not root.is_open:
+                return False
+            for task in tasks:
+                if definition.fn not in task.session.code:
+                    scheduler.define(task.session, definition)
+                scheduler.submit(task.session, task)
+            ports = self._post()
+            rest = self._rest()
+        for port in ports:
+            port.flush()
         if rest is not None:
             self._carry_out(*rest)
         return True
@@ -153,7 +175,15 @@ class Dispatcher:
 
     def receive(self, peer: Any, messages: Sequence[Message]) -> None:
         """Let the scheduler hear what a peer said. I/O thread."""
-        self.call(self.scheduler.receive, peer, messages)
+        scheduler = self.scheduler
+        with self.lock:
+            scheduler.receive(peer, messages, time.monotonic())
+            ports = self._post()
+            rest = self._rest()
+        for port in ports:
+            port.flush()
+        if rest is not None:
+            self._carry_out(*rest)
 
     def _post(self) -> list[PeerPort]:
         """Queue what the scheduler said with its peers, in order; give those that need a flush. With the lock held."""
@@ -223,7 +253,11 @@ class Dispatcher:
             staff.kill_worker(worker, action.reason)
 
     def _read_revoked(self, worker: Any) -> None:
-        self.call(self.scheduler.revoked, worker, worker.session, worker.page.started)
+        try:
+            started = worker.page.started
+        except ValueError:
+            return  # unmapped: the worker is gone, which the scheduler hears of otherwise
+        self.call(self.scheduler.revoked, worker, worker.session, started)
 
     # ---- time
 
@@ -244,7 +278,10 @@ class Dispatcher:
         now_ns = time.monotonic_ns()
         progress = {}
         for _, worker in watched:
-            started, since_ns = worker.page.started, worker.page.started_at_ns
+            try:
+                started, since_ns = worker.page.started, worker.page.started_at_ns
+            except ValueError:
+                continue  # unmapped: the worker is gone, which the scheduler hears of otherwise
             if since_ns:
                 progress[worker] = (started, (now_ns - since_ns) * 1e-9)
         self.call(lambda now: self.scheduler.tick(now, progress))

@@ -23,7 +23,7 @@ from . import __version__
 from .address import parse_address, resolve
 from .errors import WorkerLost
 from .future import ClusterFuture
-from .mapping import Submissions, run_chunk, spread
+from .mapping import Submissions, run_chunk
 from .messages import MAX_INLINE_BYTES, Options, SessionSpec
 from .report import ClusterStatus, NodeStatus
 from .root import LOCAL, Root
@@ -100,29 +100,24 @@ class _Submitter(Executor):
             raise ValueError("buffersize must be None or > 0")
         deadline = None if timeout is None else time.monotonic() + timeout
         items: Iterator[tuple[Any, ...]] = zip(*iterables)  # noqa: B905 - as PPE: the shortest decides
-        if chunksize > 1 and self._options.timeout_s is None and self._options.retries != 0:
-            return self._map_chunks(fn, items, chunksize, buffersize, deadline, ordered)
-        submitted = Submissions(partial(_submit_item, weakref.ref(self), self._root, self._options, fn), items, buffersize)
-        return submitted.results(deadline, ordered)
-
-    def _map_chunks(self, fn: Callable[..., T], items: Iterator[tuple[Any, ...]], chunksize: int, buffersize: int | None,
-                    deadline: float | None, ordered: bool) -> Iterator[T]:
-        chunks = iter(lambda: tuple(itertools.islice(items, chunksize)), ())
-        again = partial(_submit_item, weakref.ref(self), self._root, self._options, fn)
-        once = partial(_submit_item, weakref.ref(self), self._root, self._options._replace(retries=0), run_chunk)
-        submitted = Submissions(lambda chunk: once((fn, chunk)), ((chunk,) for chunk in chunks),
-                                 None if buffersize is None else max(1, buffersize // chunksize), unwrap=True)
-        return spread(submitted, submitted.results(deadline, ordered), again)
+        retries = self._root.retries if self._options.retries is None else self._options.retries
+        travels = self._options.for_task(retries)
+        if chunksize > 1 and travels is None:
+            chunks = iter(lambda: tuple(itertools.islice(items, chunksize)), ())
+            once = partial(_submit_calls, weakref.ref(self), self._root, run_chunk, Options(solo=True), 0)
+            again = partial(_submit_calls, weakref.ref(self), self._root, fn, None, retries)
+            ahead = None if buffersize is None else max(1, buffersize // chunksize)
+            return Submissions(once, ((fn, chunk) for chunk in chunks), ahead).chunk_results(deadline, ordered, again)
+        submit = partial(_submit_calls, weakref.ref(self), self._root, fn, travels, retries)
+        return Submissions(submit, items, buffersize).results(deadline, ordered)
 
 
-def _submit_item(owner: weakref.ref[_Submitter], root: Root, options: TaskOptions, fn: Callable[..., Any],
-                 args: tuple[Any, ...]) -> ClusterFuture[Any] | None:
-    """Submit one item of a map; None once nobody holds its executor any more, as in the standard library."""
+def _submit_calls(owner: weakref.ref[_Submitter], root: Root, fn: Callable[..., Any], options: Options | None,
+                  retries: int, calls: Sequence[tuple[Any, ...]]) -> list[ClusterFuture[Any]] | None:
+    """Submit calls of a map; None once nobody holds its executor any more, as in the standard library."""
     if owner() is None:
         return None
-    retries = root.retries if options.retries is None else options.retries
-    travels = None if options is _DEFAULT and retries else options.for_task(retries)
-    return root.submit(fn, args, {}, travels, retries)
+    return root.submit_many(fn, calls, options, retries)
 
 
 _DEFAULT = TaskOptions()

@@ -7,6 +7,7 @@ finds no Condition acts under that lock and looks again; whoever makes one makes
 
 from __future__ import annotations
 
+import _thread
 import threading
 import time
 from collections.abc import Callable
@@ -22,6 +23,9 @@ T = TypeVar("T")
 
 _PENDING, _RUNNING, _CANCELLED, _NOTIFIED, _FINISHED = (
     "PENDING", "RUNNING", "CANCELLED", "CANCELLED_AND_NOTIFIED", "FINISHED")
+
+_DONE = frozenset((_CANCELLED, _NOTIFIED, _FINISHED))
+_WITHDRAWN = frozenset((_CANCELLED, _NOTIFIED))
 
 _birth = threading.RLock()  # guards every future that has no Condition; reentrant, for finalizers that touch a future
 
@@ -59,16 +63,18 @@ class ClusterFuture(Future[T]):
     often it was started as far as known; more than 1 after a worker was lost), `timing` (a `Timing`), `kill()`.
     """
 
-    __slots__ = ("_attempts", "_cond", "_control", "_finished_at", "_node", "_run_ns", "_submitted_at", "_task", "_task_id")
+    __slots__ = ("_attempts", "_callbacks", "_cond", "_control", "_finished_at", "_node", "_run_ns", "_submitted_at", "_task",
+                 "_task_id", "_waiting", "_waker")
 
     def __init__(self) -> None:
         # Not the parent's __init__: it would make the Condition. These are all of its other attributes (3.11 to 3.14).
         self._state = _PENDING
         self._result = None
         self._exception = None
-        self._waiters: list[Any] = []
-        self._done_callbacks: list[Callable[[Future[T]], object]] = []
         self._cond: threading.Condition | None = None
+        self._waiting: list[Any] | None = None
+        self._waker: _thread.LockType | None = None
+        self._callbacks: list[Callable[[Future[T]], object]] | None = None
         self._task: Task | None = None
         self._task_id = 0
         self._control: Control | None = None
@@ -89,7 +95,56 @@ class ClusterFuture(Future[T]):
                     condition = self._cond = threading.Condition()
         return condition
 
+    @property
+    def _waiters(self) -> list[Any]:  # type: ignore[override]
+        """The parent's attribute, used with the Condition held; born on first use."""
+        if self._waiting is None:
+            self._waiting = []
+        return self._waiting
+
+    @property
+    def _done_callbacks(self) -> list[Callable[[Future[T]], object]]:
+        """The parent's attribute, appended to with the Condition held; born on first use."""
+        if self._callbacks is None:
+            self._callbacks = []
+        return self._callbacks
+
     # ---- for the user
+
+    def done(self) -> bool:
+        """Whether it is cancelled or finished."""
+        return self._state in _DONE
+
+    def running(self) -> bool:
+        """Whether it was handed out and has not ended."""
+        return self._state == _RUNNING
+
+    def cancelled(self) -> bool:
+        """Whether it was withdrawn."""
+        return self._state in _WITHDRAWN
+
+    def result(self, timeout: float | None = None) -> T:
+        """Return the value, or raise what the call raised; wait for it at most `timeout` seconds (TimeoutError)."""
+        if self._state == _RUNNING and self._waker is None and self._wait(timeout):
+            timeout = 0.0
+        if self._state == _FINISHED and self._exception is None:
+            return self._result  # type: ignore[return-value]
+        try:
+            return super().result(timeout)
+        finally:
+            del self  # break the cycle with the exception's traceback
+
+    def _wait(self, timeout: float | None) -> bool:
+        """Wait on a lock of our own, which costs half of what a Condition does. False: another thread does that already."""
+        waker = _thread.allocate_lock()
+        waker.acquire()
+        with _birth:
+            if self._waker is not None:
+                return False
+            self._waker = waker
+        if self._state == _RUNNING:  # as in `conclude`: who ends it sees our lock, or we see the state
+            waker.acquire(timeout=-1 if timeout is None else max(0.0, min(timeout, threading.TIMEOUT_MAX)))
+        return True
 
     @property
     def task_id(self) -> int:
@@ -116,7 +171,7 @@ class ClusterFuture(Future[T]):
 
     def cancel(self) -> bool:
         """Withdraw the task if it was never handed out; True if it is (or was) withdrawn. See `kill` for the others."""
-        if not super().cancel():
+        if self._state in (_RUNNING, _FINISHED) or not super().cancel():
             return False
         task, control = self._task, self._control
         if self._notify_cancel() and task is not None and control is not None:
@@ -147,11 +202,9 @@ class ClusterFuture(Future[T]):
         """Turn RUNNING, for good; False if the user has cancelled."""
         if self._cond is None:
             with _birth:
-                if self._cond is None:
-                    if self._state == _PENDING:
-                        self._state = _RUNNING
-                        return True
-                    return self._state == _RUNNING
+                if self._cond is None:  # nobody can be cancelling: that takes the Condition
+                    self._state = _RUNNING
+                    return True
         with self._condition:
             if self._state == _PENDING:
                 self._state = _RUNNING
@@ -162,32 +215,46 @@ class ClusterFuture(Future[T]):
             return self._state == _CANCELLED and not self.set_running_or_notify_cancel()
 
     def conclude(self, result: Any, exception: BaseException | None, run_ns: int = -1) -> None:
-        """End the future; once. What the task's record knew is kept, the record is let go."""
+        """End the future, once; only the executor does. What the task's record knew is kept, the record is let go."""
         task, self._task = self._task, None
         if task is not None:
             self._node = task.node
             self._attempts = task.deaths + (1 if run_ns >= 0 else 0)
         self._run_ns = run_ns
         self._finished_at = time.monotonic()
-        if self._cond is None:
-            with _birth:
-                quiet = self._cond is None
-                if quiet:
-                    if self._state in (_FINISHED, _CANCELLED, _NOTIFIED):
-                        return
-                    self._result, self._exception = result, exception
-                    self._state = _FINISHED
-            if quiet:
-                if self._done_callbacks:
-                    self._invoke_callbacks()  # type: ignore[attr-defined]
-                return
+        if self._state == _RUNNING:
+            # Nobody else changes a running future. First the state, then a look for a Condition; who waits makes the
+            # Condition first, then looks at the state: one of the two sees the other.
+            self._result, self._exception = result, exception
+            self._state = _FINISHED
+            if self._waker is not None:
+                self._waker.release()
+            if self._cond is not None:
+                self._tell(exception)
+        elif not self._end_pending(result, exception):
+            return
+        if self._callbacks:
+            self._invoke_callbacks()  # type: ignore[attr-defined]
+
+    def _end_pending(self, result: Any, exception: BaseException | None) -> bool:
+        """End a future that was never handed out; False if it was cancelled or ended before."""
         with self._condition:
-            if self._state in (_FINISHED, _CANCELLED, _NOTIFIED):
-                return
-        if exception is not None:
-            self.set_exception(exception)
-        else:
-            self.set_result(result)
+            if self._state != _PENDING:
+                return False
+            self._result, self._exception = result, exception
+            self._state = _FINISHED
+        self._tell(exception)
+        return True
+
+    def _tell(self, exception: BaseException | None) -> None:
+        """Wake those who wait."""
+        with self._condition:
+            for waiter in self._waiting or ():
+                if exception is None:
+                    waiter.add_result(self)
+                else:
+                    waiter.add_exception(self)
+            self._condition.notify_all()
 
     def __repr__(self) -> str:
         where = f" on {self.node!r}" if self.node else ""

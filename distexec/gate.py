@@ -1,8 +1,8 @@
 """Who may connect to a listener while nobody knows yet who it is. Pure: sources, times and decisions.
 
-A stranger costs a TLS handshake and some memory, so there is a limit to how many there are at once, to how many of one
-source, and to how fast one source may come again. Who proves the secret gets its token back: an honest cluster that starts
-on one machine is not slowed down.
+A stranger costs a TLS handshake and some memory, so there is a limit to how many there are at once, to how many of
+one source, and to how fast one source may come again. Who proves the secret gets its token back: an honest cluster
+that starts on one machine is not slowed down.
 """
 
 from __future__ import annotations

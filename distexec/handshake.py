@@ -7,9 +7,10 @@
                                            ◄──────────────  verdict: code, proof; Hello
     Hello                                  ──────────────►  both open
 
-The rules: the dialler proves first, and until it has, the listener sends nothing that depends on the secret. Before the
-proofs every field has a fixed size, every refusal is one of the codes below, and a byte too many ends it. The proofs cover
-all fields and the server's certificate as each end sees it, so who sits in between, or replays, or reflects, fails.
+The rules: the dialler proves first, and until it has, the listener sends nothing that depends on the secret. Before
+the proofs every field has a fixed size, every refusal is one of the codes below, and a byte too many ends it. The
+proofs cover all fields and the server's certificate as each end sees it, so who sits in between, or replays, or
+reflects, fails.
 """
 
 from __future__ import annotations
@@ -89,8 +90,9 @@ class Credentials:
 class Handshake:
     """What both ends have in common. Feed it with `receive`; send what that returns, then look at `state`.
 
-    FAILED: `failure` says why; what was returned is still to be sent (a refusal code), then the connection is to be closed.
-    OPEN: `hello` is the peer's, `role` what the dialler is on the link, and `rest` what the peer already sent after it.
+    FAILED: `failure` says why; what was returned is still to be sent (a refusal code), then the connection is to be
+    closed. OPEN: `hello` is the peer's, `role` what the dialler is on the link, and `rest` what the peer already sent
+    after it.
     """
 
     def __init__(self, credentials: Credentials, nonce: bytes, certificate_digest: bytes, state: State) -> None:
@@ -166,8 +168,8 @@ class Handshake:
         ours = self._credentials.python
         if self.role is not Role.CONTROL and hello.python != ours:
             return self._fail(IncompatibleNode(
-                f"it ({hello.name!r}) runs Python {hello.python}, this process Python {ours}: calls and values cannot be "
-                f"exchanged; run the same Python minor version at both ends"))
+                f"it ({hello.name!r}) runs Python {hello.python}, this process Python {ours}: calls and values cannot "
+                "be exchanged; run the same Python minor version at both ends"))
         self.hello, self.state = hello, State.OPEN
         return b""
 
@@ -231,7 +233,8 @@ class ListenerHandshake(Handshake):
         certificate_digest: SHA-256 of the certificate that this end shows.
     """
 
-    def __init__(self, credentials: Credentials, roles: frozenset[Role], nonce: bytes, certificate_digest: bytes) -> None:
+    def __init__(self, credentials: Credentials, roles: frozenset[Role], nonce: bytes,
+                 certificate_digest: bytes) -> None:
         super().__init__(credentials, nonce, certificate_digest, State.OPENING)
         self._roles = roles
 

@@ -2,8 +2,9 @@
 
     selector ─► callbacks of the ready descriptors;  waker ─► idle hooks, then call_soon calls;  heap ─► timers
 
-Rules: callbacks run on the I/O thread, never with a lock held; one that raises is logged and the thread goes on. Finalizers
-may only set flags and `wake` it. In a forked child nothing of it may be used; its descriptors are closed there at once.
+Rules: callbacks run on the I/O thread, never with a lock held; one that raises is logged and the thread goes on.
+Finalizers may only set flags and `wake` it. In a forked child nothing of it may be used; its descriptors are closed
+there at once.
 """
 
 from __future__ import annotations
@@ -27,10 +28,12 @@ if TYPE_CHECKING:
 __all__ = ["LINGER_S", "READ_BYTES", "IoThread", "Tenant", "Timer"]
 
 READ_BYTES = 256 << 10
-"""The receive buffer, one for all links of a thread. Smaller: more calls under load. Larger: it falls out of the cache."""
+"""The receive buffer, one for all links of a thread. Smaller: more calls under load. Larger: it falls out of the
+cache."""
 
 LINGER_S = 2.0
-"""How long what closes may take to get rid of what was sent before. Then the rest is dropped: the peer is not reading."""
+"""How long what closes may take to get rid of what was sent before. Then the rest is dropped: the peer is not
+reading."""
 
 STOPPED = "this end was stopped"
 
@@ -134,7 +137,8 @@ class IoThread:
             self._thread.join()
 
     def call_soon(self, fn: Callable[..., object], *args: Any) -> None:
-        """Have the I/O thread call `fn(*args)` in its next round; calls keep their order. After `stop` nothing happens."""
+        """Have the I/O thread call `fn(*args)` in its next round; calls keep their order. After `stop` nothing
+        happens."""
         if self._ended.is_set():
             return
         self._calls.append((fn, args))
@@ -143,7 +147,8 @@ class IoThread:
             self.wake()
 
     def call_later(self, delay_s: float, fn: Callable[..., object], *args: Any) -> Timer:
-        """Have the I/O thread call `fn(*args)` after `delay_s` seconds, unless the returned timer is cancelled. Any thread."""
+        """Have the I/O thread call `fn(*args)` after `delay_s` seconds, unless the returned timer is cancelled. Any
+        thread."""
         timer = Timer(time.monotonic() + delay_s, (lambda: fn(*args)) if args else fn)
         self.run_here(self._arm, timer)
         return timer
@@ -169,7 +174,8 @@ class IoThread:
         self.run_here(self.select, fileobj, selectors.EVENT_READ, lambda _events: callback())
 
     def unwatch(self, fileobj: FileDescriptorLike) -> None:
-        """Undo `watch`, before the descriptor is closed. Off the I/O thread it takes effect in the loop's next round."""
+        """Undo `watch`, before the descriptor is closed. Off the I/O thread it takes effect in the loop's next
+        round."""
         self.run_here(self.unselect, fileobj)
 
     # ---- I/O thread
@@ -234,7 +240,7 @@ class IoThread:
             self.guard(hook)
 
     def _arm(self, timer: Timer) -> None:
-        if len(self._timers) >= self._timers_limit:  # cancelled timers leave in bulk, so that none costs more than O(log n)
+        if len(self._timers) >= self._timers_limit:  # cancelled ones leave in bulk: none costs more than O(log n)
             self._timers = [other for other in self._timers if not other.is_cancelled]
             self._timers_limit = max(64, 2 * len(self._timers))
             heapq.heapify(self._timers)
@@ -267,7 +273,8 @@ class IoThread:
         self._waker_out.close()
 
     def abandon(self) -> None:
-        """Close the descriptors in a forked child, where they would keep connections of the parent open, and do no more."""
+        """Close the descriptors in a forked child, where they would keep connections of the parent open, and do no
+        more."""
         self._selector.close()
         self._waker_in.close()
         self._waker_out.close()

@@ -14,7 +14,7 @@ from collections.abc import Hashable, Iterator
 from enum import Enum
 from typing import Any, NamedTuple
 
-from .messages import Define, Lost, Open, Outcome, OutcomeKind, Run
+from .messages import Define, Lost, Open, Outcome, OutcomeKind, Run, SessionFailed
 
 Peer = Hashable
 """Whatever the caller uses to name the other end of a link; the scheduler only compares and hashes it."""
@@ -39,11 +39,12 @@ class Task:
     """One call: its `Run` message ready to be sent, and where it is.
 
     `lane` is None while it is queued or waiting; `order` counts Runs sent on a worker's link; `estimate_s` is what its
-    lane was charged; `deaths` counts attempts that died while they may have been running; `doom` is how it must end
+    lane was charged; `deaths` counts attempts that died while they may have been running, `charged` says that the present
+    one is among them and may yet turn out to be alive (a lost node comes back); `doom` is how it must end
     (ABANDONED: without a word, a newer attempt took its place); `owner` is the root's, opaque here.
     """
 
-    __slots__ = ("claimed", "deaths", "doom", "estimate_s", "lane", "node", "order", "owner", "queued", "renew",
+    __slots__ = ("charged", "claimed", "deaths", "doom", "estimate_s", "lane", "node", "order", "owner", "queued", "renew",
                  "retries", "run", "session")
 
     def __init__(self, run: Run, session: Session, owner: Any = None, retries: int = 0) -> None:
@@ -52,6 +53,7 @@ class Task:
         self.owner = owner
         self.retries = retries
         self.deaths = 0
+        self.charged = False
         self.lane: Lane | None = None
         self.order = 0
         self.estimate_s = 0.0
@@ -79,10 +81,11 @@ class Task:
 class Queue:
     """Tasks by priority, then first come first served. Removal is lazy: a task that left has `queued` False."""
 
-    __slots__ = ("_levels", "_stale", "count")
+    __slots__ = ("_levels", "_plain", "_stale", "count")
 
     def __init__(self) -> None:
-        self._levels: list[tuple[int, deque[Task]]] = []  # highest priority first; few
+        self._plain: deque[Task] = deque()  # priority 0, where nearly all tasks are
+        self._levels: list[tuple[int, deque[Task]]] = [(0, self._plain)]  # highest priority first; few
         self._stale = 0  # entries whose task is gone
         self.count = 0
 
@@ -90,9 +93,14 @@ class Queue:
         return self.count
 
     def __iter__(self) -> Iterator[Task]:
+        if self._stale:
+            self._compact()  # a task that left and came back stands there twice
         return (task for _, level in self._levels for task in level if task.queued)
 
-    def _level(self, priority: int) -> deque[Task]:
+    def _level(self, task: Task) -> deque[Task]:
+        if task.run.options is None:
+            return self._plain
+        priority = task.run.options.priority
         for position, (known, level) in enumerate(self._levels):
             if known == priority:
                 return level
@@ -106,20 +114,21 @@ class Queue:
         """Add behind its equals."""
         task.queued = True
         self.count += 1
-        self._level(task.priority).append(task)
+        (self._plain if task.run.options is None else self._level(task)).append(task)
 
     def push_front(self, task: Task) -> None:
         """Add before its equals: it has waited already."""
         task.queued = True
         self.count += 1
-        self._level(task.priority).appendleft(task)
+        self._level(task).appendleft(task)
 
     def peek(self) -> Task | None:
         """Show the task that `pop` would give."""
         for _, level in self._levels:
             while level:
-                if level[0].queued:
-                    return level[0]
+                task = level[0]
+                if task.queued:
+                    return task
                 level.popleft()
                 self._stale -= 1
         return None
@@ -136,27 +145,6 @@ class Queue:
                 self._stale -= 1
         raise AssertionError("pop from an empty queue")
 
-    def discard(self, task: Task) -> None:
-        """Take out a task wherever it stands, in O(1) amortised."""
-        task.queued = False
-        self.count -= 1
-        self._stale += 1
-        if self._stale > 64 and self._stale > self.count:
-            self._compact()
-
-    def _compact(self) -> None:
-        seen: set[int] = set()
-        kept = []
-        for priority, level in self._levels:
-            alive: deque[Task] = deque()
-            for task in level:
-                if task.queued and id(task) not in seen:
-                    seen.add(id(task))
-                    alive.append(task)
-            if alive:
-                kept.append((priority, alive))
-        self._levels, self._stale = kept, 0
-
     def pop_youngest(self) -> Task:
         """Remove and give the task that would run last; there must be one."""
         for _, level in reversed(self._levels):
@@ -168,6 +156,24 @@ class Queue:
                     return task
                 self._stale -= 1
         raise AssertionError("pop from an empty queue")
+
+    def discard(self, task: Task) -> None:
+        """Take out a task wherever it stands, in O(1) amortised."""
+        task.queued = False
+        self.count -= 1
+        self._stale += 1
+        if self._stale > 64 and self._stale > self.count:
+            self._compact()
+
+    def _compact(self) -> None:
+        """Drop the entries of tasks that are gone; of one that left and came back, the first entry counts."""
+        seen: set[int] = set()
+        for _, level in self._levels:
+            alive = [task for task in level if task.queued and not (id(task) in seen or seen.add(id(task)))]  # type: ignore[func-returns-value]
+            level.clear()
+            level.extend(alive)
+        self._levels = [(priority, level) for priority, level in self._levels if level or level is self._plain]
+        self._stale = 0
 
 
 class Estimate:
@@ -212,8 +218,9 @@ class LaneState(Enum):
 class Lane:
     """One session's leases on one downstream peer: a worker (one slot, ordered) or a node (as many as it offers)."""
 
-    __slots__ = ("defined", "is_worker", "leases", "limit", "name", "offered", "peer", "remaining", "revoke_end", "revoke_range",
-                 "sent", "session", "since", "slots", "state", "suspended_at", "unknown", "wanted", "window_s", "work_s")
+    __slots__ = ("defined", "has_failed", "is_worker", "leases", "limit", "name", "offered", "peer", "remaining", "revoke_end",
+                 "revoke_range", "revoked_from", "sent", "session", "since", "slots", "state", "suspended_at", "unknown",
+                 "wanted", "window_s", "work_s")
 
     def __init__(self, peer: Peer, session: Session, name: str, *, is_worker: bool, remaining: int = 0) -> None:
         self.peer, self.session, self.name, self.is_worker = peer, session, name, is_worker
@@ -230,8 +237,10 @@ class Lane:
         self.suspended_at = 0.0
         self.since = 0.0  # last time an outcome came or an idle peer was given work
         self.wanted = False  # we told the node that tasks wait
+        self.has_failed = False  # the node cannot run the session
         self.revoke_range: tuple[int, int] | None = None  # orders being taken back, until `started` was read
-        self.revoke_end: tuple[int, int] | None = None  # (seq, attempt) it ended with, until the worker is past that
+        self.revoked_from = 0  # the first revoked order, and
+        self.revoke_end: tuple[int, int] | None = None  # (seq, attempt) of the last, until the worker is past that
 
     def is_free(self) -> bool:
         """Say whether a slot is free and may be used now."""
@@ -278,9 +287,9 @@ class Lane:
 class Session:
     """One executor's tenancy at one vertex."""
 
-    __slots__ = ("busy", "ceiling", "closing", "code", "estimates", "failed", "free", "granted", "id", "lanes", "no",
-                 "opened", "orphaned_at", "peak", "peak_at", "pinned", "queue", "reconciling", "starting", "tasks", "told",
-                 "unacked", "uplink_no", "upstream", "waiting", "want", "weight", "workers")
+    __slots__ = ("busy", "ceiling", "closing", "code", "estimates", "failed", "failure", "free", "granted", "id", "lanes",
+                 "limited", "no", "opened", "orphaned_at", "peak", "peak_at", "pinned", "queue", "reconciling", "served", "served_at",
+                 "starting", "tasks", "told", "unacked", "uplink_no", "upstream", "waiting", "want", "weight", "workers")
 
     def __init__(self, opened: Open, upstream: Peer | None, number: int) -> None:
         self.opened = opened
@@ -307,10 +316,14 @@ class Session:
         self.want = 0  # tasks waiting above for a slot here
         self.peak = 0  # most tasks here at once, lately; keeps the share of a client that pauses for breath
         self.peak_at = 0.0
+        self.served = 0.0  # slot-seconds it had, by weight; who had least gets the slot that cannot be divided
+        self.served_at = 0.0
         self.reconciling = False  # `Held` was said; outcomes and offers wait for `Resume`
         self.orphaned_at: float | None = None
         self.closing = False
-        self.failed = False  # no worker can be had here
+        self.limited = False  # some task of it has had a time limit
+        self.failed = False  # no more workers can be had here
+        self.failure: SessionFailed | None = None  # why; said upward once nothing runs here any more
 
     @property
     def is_root(self) -> bool:
@@ -320,6 +333,14 @@ class Session:
     def queued(self) -> int:
         """Count the tasks that could be leased if there were a slot."""
         return self.queue.count + (sum(queue.count for queue in self.pinned.values()) if self.pinned else 0)
+
+    def unleased(self) -> list[Task]:
+        """Name the tasks that are leased to nobody."""
+        tasks = list(self.queue)
+        for queue in self.pinned.values():
+            tasks += queue
+        tasks += self.waiting.values()
+        return tasks
 
     def queue_of(self, task: Task) -> Queue:
         """Give the queue that the task belongs in."""

@@ -5,8 +5,8 @@
                  rests of frames, when the socket takes more
 
 Rules: the write side belongs to whoever holds the link's lock, and nobody waits for it: who finds it taken leaves the
-messages to the holder, which looks again after letting go. All else happens on the I/O thread. Nothing received is dropped
-because the connection then broke.
+messages to the holder, which looks again after letting go. All else happens on the I/O thread. Nothing received is
+dropped because the connection then broke.
 """
 
 from __future__ import annotations
@@ -61,15 +61,18 @@ MAX_FDS = 16
 
 _log = logging.getLogger("distexec")
 _PROBES = frozenset({Ping, Pong})
-_CMSG_CLOEXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
+# Plain integers: an operation on the enum costs microseconds on each read.
+_CMSG_CLOEXEC = int(getattr(socket, "MSG_CMSG_CLOEXEC", 0))
+_CTRUNC = int(socket.MSG_CTRUNC)
 
 
 class Link:
     """One connection, here without TLS. Made by `Loop.adopt`; safe to send on from any thread.
 
-    Attributes: `name` (for logs), `address` (the peer's, TLS links), `hello` (what the peer said it is, TLS links), `role`
-    (what the end that dialled is), `bytes_in`, `bytes_out`, `last_heard` (monotonic, of the last byte received), `rtt_s`
-    (None until measured; TLS links), `received_fds` (descriptors that came, oldest first; who pops one owns it).
+    Attributes: `name` (for logs), `address` (the peer's, TLS links), `hello` (what the peer said it is, TLS links),
+    `role` (what the end that dialled is), `bytes_in`, `bytes_out`, `last_heard` (monotonic, of the last byte
+    received), `rtt_s` (None until measured; TLS links), `received_fds` (descriptors that came, oldest first; who pops
+    one owns it).
     """
 
     def __init__(self, loop: IoThread, sock: socket.socket, decoder: FrameDecoder, on_messages: OnMessages,
@@ -257,7 +260,8 @@ class Link:
                 self.finish(describe(error))
                 return
             if not size:
-                self.finish("closed by the other end" if self.decoder.is_between_frames else "cut in the middle of a frame")
+                is_whole = self.decoder.is_between_frames
+                self.finish("closed by the other end" if is_whole else "cut in the middle of a frame")
                 return
             self.bytes_in += size
             self.last_heard = time.monotonic()
@@ -398,24 +402,28 @@ class FdLink(Link):
         if self._broken:
             self._discard(messages)
             return
-        for is_parcel, group in itertools.groupby(messages, _Parcel.is_instance):
-            if not is_parcel:
-                super()._write_messages(list(group))
-                continue
-            for parcel in group:
-                self._write_parcel(parcel)  # type: ignore[arg-type]
+        try:
+            for is_parcel, group in itertools.groupby(messages, _Parcel.is_instance):
+                if is_parcel:
+                    for parcel in group:
+                        self._write_parcel(parcel)  # type: ignore[arg-type]
+                else:
+                    super()._write_messages(list(group))
+        except Exception:
+            self._discard(messages)
+            raise
 
     def _write_parcel(self, parcel: _Parcel) -> None:
-        try:
-            first, *others = pack(parcel.messages)
-        except Exception:
-            _close_all(parcel.fds)
-            raise
-        self._write_with_fds(first, parcel.fds)
+        first, *others = pack(parcel.messages)
+        fds, parcel.fds = parcel.fds, []
+        self._write_with_fds(first, fds)
         for frame in others:
             self._write(frame)
 
     def _write_with_fds(self, frame: bytes | bytearray, fds: list[int]) -> None:
+        if self._broken:
+            _close_all(fds)
+            return
         sent = 0
         if not self._pending:
             try:
@@ -459,8 +467,8 @@ class FdLink(Link):
                 fds = array.array("i")
                 fds.frombytes(content[:len(content) - len(content) % fds.itemsize])
                 self.received_fds.extend(fds)
-        if flags & socket.MSG_CTRUNC:
-            raise OSError(errno.EMFILE, "a descriptor that came could not be taken (too many open files); raise `ulimit -n`")
+        if flags & _CTRUNC:
+            raise OSError(errno.EMFILE, "a descriptor that came could not be taken: raise `ulimit -n`")
         return size, size < len(target)
 
     def _deliver(self, messages: list[Message]) -> None:

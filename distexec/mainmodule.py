@@ -71,6 +71,14 @@ def pack_bundle(definitions: Sequence[Definition], data: bytes) -> bytes:
     return b"M" + pickle.dumps(([tuple(definition) for definition in definitions], data), PROTOCOL)
 
 
+def without_definitions(data: Buffer) -> bytes:
+    """Give what comes after a bundle's definitions; other pickles as they are."""
+    if data[0] != BUNDLE:
+        return bytes(data)
+    inner: bytes = pickle.loads(memoryview(data)[1:])[1]
+    return inner
+
+
 class MainModule:
     """A worker's `__main__` for its session: what it is made of, and which versions it has."""
 

@@ -14,7 +14,15 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, wait
 from typing import Any
 
-def run_chunk(fn: Callable[..., Any], chunk: Sequence[tuple[Any, ...]]) -> tuple[list[Any], BaseException | None]:
+BATCH = 64
+"""Items submitted at once where all are. Smaller: more locking. Larger: the first result comes later."""
+
+Call = tuple[Any, ...]
+Submit = Callable[[Sequence[Call]], "Sequence[Future[Any]] | None"]
+"""Submits calls given by their arguments; None if that is not possible any more."""
+
+
+def run_chunk(fn: Callable[..., Any], chunk: Sequence[Call]) -> tuple[list[Any], BaseException | None]:
     """Run the items of a chunk in a worker: the values up to the first error, and that error."""
     values: list[Any] = []
     for args in chunk:
@@ -28,82 +36,116 @@ def run_chunk(fn: Callable[..., Any], chunk: Sequence[tuple[Any, ...]]) -> tuple
 
 
 class Submissions:
-    """The items of one map: what was submitted, and what is still to be."""
+    """The calls of one map: those submitted whose results were not taken yet, and those still to come."""
 
-    def __init__(self, submit: Callable[..., Future[Any] | None], items: Iterator[tuple[Any, ...]],
-                 buffersize: int | None, *, unwrap: bool = False) -> None:
-        self._submit = (lambda item: submit(*item)) if unwrap else submit
-        self._items = items
-        self._has_more = buffersize is not None
-        self.pending: deque[Future[Any]] = deque()
-        self.sent: dict[Future[Any], Any] = {}  # by future, the items, where chunks may have to be split
-        self._keeps = unwrap
-        for _ in range(buffersize) if buffersize is not None else itertools.repeat(None):
-            if not self.refill():
-                break
+    def __init__(self, submit: Submit, calls: Iterator[Call], buffersize: int | None) -> None:
+        self._submit = submit
+        self._calls = calls
+        self._pending: deque[Future[Any]] = deque()
+        self._sent: dict[Future[Any], Call] | None = None  # by future, the calls that may have to be made again
+        self._left = buffersize is not None  # more may have to be submitted later
+        self._buffersize = buffersize
 
-    def refill(self) -> bool:
-        """Submit one more item, if there is one."""
-        item = next(self._items, None)
-        if item is None:
-            self._has_more = False
+    def _begin(self) -> None:
+        if self._buffersize is not None:
+            self._add(self._buffersize)
+        else:
+            while self._add(BATCH):
+                pass
+
+    def _add(self, count: int) -> bool:
+        """Submit up to `count` more calls; False if there are no more."""
+        batch = list(itertools.islice(self._calls, count))
+        futures = self._submit(batch) if batch else None
+        if futures is None:
+            self._left = False
             return False
-        future = self._submit(item)
-        if future is None:
-            self._has_more = False
-            return False
-        self.pending.append(future)
-        if self._keeps:
-            self.sent[future] = item
-        return True
+        self._pending.extend(futures)
+        if self._sent is not None:
+            self._sent.update(zip(futures, batch, strict=True))
+        return len(batch) == count
 
     def results(self, deadline: float | None, ordered: bool) -> Generator[Any, None, None]:
-        """Yield results until all are out; whatever ends it earlier cancels the rest."""
+        """Submit, now, and return an iterator over the results."""
+        self._begin()
         return self._in_order(deadline) if ordered else self._as_completed(deadline)
 
     def _in_order(self, deadline: float | None) -> Generator[Any, None, None]:
         try:
-            while self.pending:
-                if self._has_more:
-                    self.refill()
+            while self._pending:
+                if self._left:
+                    self._add(1)
                 # No reference to the future may stay behind: it holds its result.
-                if self._keeps:
-                    yield self._take_with_items(self.pending.popleft(), deadline)
-                elif deadline is None:
-                    yield _result_or_cancel(self.pending.popleft())
+                if deadline is None:
+                    yield _result_or_cancel(self._pending.popleft())
                 else:
-                    yield _result_or_cancel(self.pending.popleft(), deadline - time.monotonic())
+                    yield _result_or_cancel(self._pending.popleft(), deadline - time.monotonic())
         finally:
-            self.cancel()
+            self._cancel()
 
     def _as_completed(self, deadline: float | None) -> Generator[Any, None, None]:
+        for future in self._futures_as_completed(deadline):
+            yield future.result()
+
+    def _futures_as_completed(self, deadline: float | None) -> Generator[Future[Any], None, None]:
+        done: deque[Future[Any]] = deque()
+        for future in self._pending:
+            future.add_done_callback(done.append)
+        waiting = len(self._pending)
         try:
-            while self.pending:
-                if self._has_more:
-                    self.refill()
-                left_s = None if deadline is None else deadline - time.monotonic()
-                done = wait(self.pending, left_s, "FIRST_COMPLETED").done
+            while waiting:
+                if self._left and self._add(1):
+                    self._pending[-1].add_done_callback(done.append)
+                    waiting += 1
                 if not done:
-                    raise TimeoutError(f"{len(self.pending)} results of map() were not there in time")
-                self.pending = deque(future for future in self.pending if future not in done)
-                while done:
-                    future = done.pop()
-                    yield self._take_with_items(future, None) if self._keeps else future.result()
-                    del future
+                    left_s = None if deadline is None else max(0.0, deadline - time.monotonic())
+                    wait([future for future in self._pending if not future.done()], left_s, "FIRST_COMPLETED")
+                if not done:
+                    raise TimeoutError(f"{waiting} results of map() were not there in time")
+                waiting -= 1
+                if len(self._pending) > 2 * waiting + BATCH:
+                    self._pending = deque(future for future in self._pending if not future.done())
+                yield done.popleft()
         finally:
-            self.cancel()
+            self._cancel()
 
-    def _take_with_items(self, future: Future[Any], deadline: float | None) -> tuple[Any, Any]:
-        items = self.sent.pop(future)
+    def chunk_results(self, deadline: float | None, ordered: bool, again: Submit) -> Iterator[Any]:
+        """Submit, now, and return an iterator over the items' results of calls that are `run_chunk`'s.
+
+        A chunk whose worker died is made again item by item, with `again`: the other items do not pay for one's death.
+        """
+        self._sent = {}
+        self._begin()
+        return self._chunks(self._futures_as_completed(deadline), deadline, again, ordered) if not ordered else (
+            self._chunks(iter(self._next_pending, None), deadline, again, ordered))
+
+    def _next_pending(self) -> Future[Any] | None:
+        if self._left:
+            self._add(1)
+        return self._pending.popleft() if self._pending else None
+
+    def _chunks(self, futures: Iterator[Future[Any]], deadline: float | None, again: Submit,
+                ordered: bool) -> Generator[Any, None, None]:
         from .errors import WorkerLost
+        assert self._sent is not None
         try:
-            return items, _result_or_cancel(future, None if deadline is None else deadline - time.monotonic())
-        except WorkerLost as lost:
-            return items, lost
+            for future in futures:
+                _fn, chunk = self._sent.pop(future)
+                left_s = None if deadline is None else deadline - time.monotonic()
+                try:
+                    values, error = _result_or_cancel(future, left_s)
+                except WorkerLost:
+                    yield from Submissions(again, iter(chunk), None).results(deadline, ordered)
+                    continue
+                yield from values
+                if error is not None:
+                    raise error
+        finally:
+            self._cancel()
 
-    def cancel(self) -> None:
+    def _cancel(self) -> None:
         """Withdraw what was not handed out."""
-        for future in self.pending:
+        for future in self._pending:
             future.cancel()
 
 
@@ -115,24 +157,3 @@ def _result_or_cancel(future: Future[Any], timeout_s: float | None = None) -> An
             future.cancel()
     finally:
         del future  # break the cycle with the exception's traceback
-
-
-def spread(submitted: Submissions, results: Generator[Any, None, None],
-            again: Callable[[tuple[Any, ...]], Future[Any] | None]) -> Generator[Any, None, None]:
-    """Yield the items of chunks one by one; a chunk whose worker died is run again item by item."""
-    from .errors import WorkerLost
-    try:
-        for ((chunk,), outcome) in results:
-            if isinstance(outcome, WorkerLost):
-                futures = [again(args) for args in chunk]
-                for future in futures:
-                    if future is None:
-                        raise outcome
-                    yield future.result()
-                continue
-            values, error = outcome
-            yield from values
-            if error is not None:
-                raise error
-    finally:
-        results.close()

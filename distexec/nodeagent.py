@@ -261,6 +261,7 @@ class Agent:
         self._ending: set[threading.Thread] = set()
         self._on_drained = on_drained
         self._drain_by: float | None = None
+        self.on_last_client_gone: Callable[[], object] | None = None
         python = f"{sys.version_info.major}.{sys.version_info.minor}"
         self._credentials = Credentials(secret, name, secrets.token_bytes(16), python, __version__,
                                         platform=f"{sys.platform}-{platform.machine()}", slots=slots)
@@ -331,6 +332,8 @@ class Agent:
         self._uplinks.discard(uplink)
         _log.info("connection to %s ended: %s", uplink.link.name, reason)
         self.dispatcher.call(self.scheduler.upstream_lost, uplink)
+        if not self._uplinks and self.on_last_client_gone is not None:
+            self.on_last_client_gone()
 
     def end_uplink(self, uplink: Uplink, reason: str) -> None:
         """A client leaves on purpose: its sessions end now."""

@@ -3,8 +3,8 @@
     Dial      connect ─► TLS ─► DiallerHandshake  ─► TlsLink ─► on_open(link)     else on_failed(exception)
     Listener  accept ─► Gate ─► TLS ─► ListenerHandshake ─► TlsLink ─► accept(link)   else a line in the log
 
-Rules: before the proof a stranger holds one of few places, for five seconds, and gets a fixed code or nothing; no byte of it
-reaches a decoder. Everything here runs on the I/O thread.
+Rules: before the proof a stranger holds one of few places, for five seconds, and gets a fixed code or nothing; no
+byte of it reaches a decoder. Everything here runs on the I/O thread.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ Accept = Callable[[Any], Acceptance | None]
 """Called with a link whose peer proved the secret; says what becomes of it, or None to refuse it."""
 
 STRANGER_S = 5.0
-"""How long a connection may take to prove the secret. Smaller: a loaded machine is refused. Larger: silence costs more."""
+"""How long a connection may take to prove the secret. Smaller: a loaded machine is refused. Larger: silence costs
+more."""
 
 RECEIVE_BYTES = 16 << 10
 """What is taken from a stranger at once."""
@@ -58,6 +59,11 @@ USER_TIMEOUT_MS = 60_000
 """How long data may stay unacknowledged. Smaller: a link does not outlive a short cut, nor a peer stopped in a debugger
 with its receive window full. Larger: a client whose machine vanished keeps its sessions longer."""
 
+_BIND_REMEDIES = {
+    errno.EADDRINUSE: "another program has this port: stop it or choose another port",
+    errno.EADDRNOTAVAIL: "this machine has no such address: listen on one of its own",
+    errno.EACCES: "ports below 1024 are for root: choose one above",
+}
 _EVERY_ROLE = frozenset(Role)
 _log = logging.getLogger("distexec")
 
@@ -106,13 +112,15 @@ class Opening:
         raise NotImplementedError
 
     def _on_ready(self, events: int) -> None:
+        if self._is_over:
+            return
         try:
             if events & selectors.EVENT_WRITE:
                 self._send()
             if events & selectors.EVENT_READ:
                 data = self.sock.recv(RECEIVE_BYTES)
                 if not data:
-                    raise ConnectionResetError(errno.ECONNRESET, "it closed the connection before the secret was proved")
+                    raise _gone()
                 self.stream.incoming.write(data)
         except BlockingIOError:
             return
@@ -128,7 +136,7 @@ class Opening:
         except ssl.SSLWantReadError:
             pass
         except ssl.SSLZeroReturnError:
-            failure = ConnectionResetError(errno.ECONNRESET, "it closed the connection before the secret was proved")
+            failure = _gone()
         except ssl.SSLError as error:
             failure = explain(error)
         try:
@@ -164,7 +172,8 @@ class Opening:
 
     def _on_timeout(self) -> None:
         what = self.handshake.state.value if self.handshake else "TLS"
-        self._fail(TimeoutError(errno.ETIMEDOUT, f"no proof of the secret within {STRANGER_S:.0f} s (still waiting for {what})"))
+        self._fail(TimeoutError(errno.ETIMEDOUT,
+                                f"no proof of the secret within {STRANGER_S:g} s; {what} never came"))
 
     def _fail(self, failure: Exception) -> None:
         if not self._is_over:
@@ -194,7 +203,8 @@ class DialOpening(Opening):
     def _start_handshake(self) -> Handshake:
         certificate = self.stream.tls.getpeercert(binary_form=True)
         assert certificate is not None, "TLS 1.3 servers always show a certificate"
-        handshake = DiallerHandshake(self._credentials, self._role, os.urandom(NONCE_BYTES), sha256(certificate).digest())
+        digest = sha256(certificate).digest()
+        handshake = DiallerHandshake(self._credentials, self._role, os.urandom(NONCE_BYTES), digest)
         self.stream.write(handshake.opening())
         return handshake
 
@@ -317,8 +327,8 @@ class Dial:
             self._fail(failure)
 
     def _on_timeout(self) -> None:
-        self._fail(TimeoutError(errno.ETIMEDOUT, f"no answer within {self._timeout_s:g} s; is the machine up, and does a "
-                                                 "firewall let this port through?"))
+        self._fail(TimeoutError(errno.ETIMEDOUT, f"no answer within {self._timeout_s:g} s; is the machine up, and "
+                                                 "does a firewall let this port through?"))
 
     def _cancel(self) -> None:
         self._is_over = True
@@ -492,14 +502,18 @@ def _bind(address: tuple[str, int]) -> socket.socket:
     try:
         if not host and socket.has_dualstack_ipv6():
             return socket.create_server(("", port), family=socket.AF_INET6, backlog=BACKLOG, dualstack_ipv6=True)
-        family, *_, sockaddr = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, *_, sockaddr = found[0]
         return socket.create_server(sockaddr[:2], family=family, backlog=BACKLOG)
     except OSError as error:
-        remedy = {errno.EADDRINUSE: "another program has this port: stop it or choose another port",
-                  errno.EADDRNOTAVAIL: "this machine has no such address: listen on one of its own",
-                  errno.EACCES: "ports below 1024 are for root: choose one above"}.get(error.errno or 0, "check the address")
-        why = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
-        raise OSError(error.errno, f"cannot listen on port {port} of {host or 'every address'}: {why}; {remedy}") from None
+        code = error.errno or 0
+        why = os.strerror(code) if code > 0 else str(error)  # the resolver's codes are negative
+        remedy = _BIND_REMEDIES.get(code, "check the address")
+        raise OSError(code, f"cannot listen on port {port} of {host or 'every address'}: {why}; {remedy}") from None
+
+
+def _gone() -> ConnectionResetError:
+    return ConnectionResetError(errno.ECONNRESET, "it closed the connection before the secret was proved")
 
 
 def _addressed(failure: Exception, address: str) -> Exception:

@@ -34,6 +34,7 @@ _MAIN = b"_main__"  # in `__main__` and `__mp_main__`, what multiprocessing call
 _dumps = pickle.dumps
 _loads = pickle.loads
 _NONE = _dumps(None, PROTOCOL)
+_VALUE = OutcomeKind.VALUE
 _PLAIN = frozenset((type(None), bool, int, float, str, bytes))  # without buffers, and without ways to fail
 
 
@@ -57,7 +58,7 @@ class CallPacker:
         known = self._by_reference.get(id(fn))
         if known is not None:
             return known[1]
-        if not _may_be_reference(fn):
+        if not _may_be_reference(fn) or fn.__module__ in mainmodule.MAIN_NAMES:
             return self._main_definitions().pack_function(fn)
         try:
             data = _dumps(fn, PROTOCOL)
@@ -103,11 +104,11 @@ class CallPacker:
                        buffers: Sequence[Buffer] = ()) -> tuple[Any, BaseException | None]:
         """Give (value, None), or (None, exception) when the task raised or what it sent cannot be rebuilt here."""
         try:
-            if kind == OutcomeKind.VALUE:
-                if data == _NONE:
-                    return None, None
-                return self._load(data, buffers), None
-            if kind == OutcomeKind.TIMEOUT or kind == OutcomeKind.KILLED:
+            if kind == _VALUE:
+                if buffers or self._definitions is not None:
+                    return self._load(data, buffers), None
+                return _loads(data), None
+            if kind in (OutcomeKind.TIMEOUT, OutcomeKind.KILLED):
                 return None, _ended(kind)
             pickled, text = _loads(data)
         except BaseException as error:  # a user's __setstate__ may raise anything; the future's owner will see it
@@ -267,7 +268,7 @@ def _global_names(data: Buffer) -> list[str]:
     strings: list[str] = []
     names: dict[str, None] = {}
     try:
-        for opcode, argument, _ in pickletools.genops(bytes(data[:1 << 16])):
+        for opcode, argument, _ in pickletools.genops(mainmodule.without_definitions(data)[:1 << 16]):
             if opcode.name == "STACK_GLOBAL" and len(strings) >= 2:
                 names[".".join(strings[-2:])] = None
             elif isinstance(argument, str):

@@ -39,6 +39,7 @@ class Placement:
         self.out: list[tuple[Peer, Message]] = []
         self.pool: list[PoolAction] = []
         self.draining = False
+        self.lanes: dict[tuple[Peer, int], Lane] = {}  # by the peer below and the session's number there
         self._claim = claim
 
     # ---- handing out
@@ -98,11 +99,21 @@ class Placement:
     def _fill_ahead(self, session: Session, lane: Lane) -> None:
         if not lane.leases or lane.state is not LaneState.ACTIVE or lane.revoke_end is not None or lane.remaining:
             return
-        while (task := session.next_for(lane)) is not None:
-            estimate = session.estimates.get(task.run.fn)
-            if not lane.has_room(UNKNOWN if estimate is None else estimate.value_s, task.is_solo):
+        if lane.is_worker and session.busy > session.granted:
+            return  # one of these workers is to become another session's slot
+        queue, estimates = session.queue, session.estimates
+        while True:
+            task = session.next_for(lane) if session.pinned else queue.peek()
+            if task is None:
                 return
-            self._hand_out(task, lane)
+            run = task.run
+            estimate = estimates.get(run.fn)
+            estimate_s = UNKNOWN if estimate is None else estimate.value_s
+            if not lane.has_room(estimate_s, task.is_solo if run.options is not None else False):
+                return
+            (queue if run.options is None else session.queue_of(task)).pop()
+            if task.claimed or self._is_wanted(task):
+                self._lease(task, lane, estimate_s)
 
     def _hand_out(self, task: Task | None, lane: Lane) -> None:
         assert task is not None, "fill asks only while something is queued"
@@ -118,40 +129,42 @@ class Placement:
             task.session.forget(task)
         return task.claimed
 
-    def _lease(self, task: Task, lane: Lane) -> None:
+    def _lease(self, task: Task, lane: Lane, estimate_s: float | None = None) -> None:
         session = lane.session
         run = task.run
         if task.renew:
-            task.renew = False
+            task.renew = task.charged = False
             run = task.run = Run(run.session, run.seq, run.attempt + 1, run.fn, run.data, run.buffers, run.options)
         fn = run.fn
         if fn not in lane.defined and fn in session.code:
             lane.defined.add(fn)
             self.out.append((lane.peer, session.code[fn]))
-        estimate = session.estimates.get(fn)
-        lane.put(task, UNKNOWN if estimate is None else estimate.value_s)
+        if estimate_s is None:
+            estimate = session.estimates.get(fn)
+            estimate_s = UNKNOWN if estimate is None else estimate.value_s
+        lane.put(task, estimate_s)
         task.node = lane.name
         if lane.is_worker:
-            self._count_lease(session, lane, task)
-        if len(lane.leases) >= lane.slots:
+            lane.sent = task.order = lane.sent + 1
+            if len(lane.leases) == 1:
+                session.busy += 1
+                session.free.pop(lane, None)
+            if lane.remaining:
+                lane.remaining -= 1
+                if not lane.remaining:
+                    lane.state = LaneState.DRAINING
+        elif len(lane.leases) == lane.slots:
             session.free.pop(lane, None)
         self.out.append((lane.peer, run))
-
-    def _count_lease(self, session: Session, lane: Lane, task: Task) -> None:
-        lane.sent += 1
-        task.order = lane.sent
-        if len(lane.leases) == 1:
-            session.busy += 1
-        if lane.remaining:
-            lane.remaining -= 1
-            if not lane.remaining:
-                lane.state = LaneState.DRAINING
 
     def adopt(self, task: Task, lane: Lane) -> None:
         """Record that a node still holds a queued task it was leased before."""
         session = lane.session
         session.queue_of(task).discard(task)
         task.renew = False
+        if task.charged:
+            task.charged = False
+            task.deaths -= 1
         lane.put(task, session.estimate_of(task.run.fn).value_s)
         if len(lane.leases) >= lane.slots:
             session.free.pop(lane, None)
@@ -163,13 +176,16 @@ class Placement:
         lane = task.lane
         assert lane is not None, "only a leased task can be unleased"
         lane.take(task)
-        if lane.is_worker and not lane.leases:
+        if not lane.is_worker:
+            if len(lane.leases) == lane.slots - 1:  # elsewhere its place among the free ones does not change
+                self.reindex(lane)
+        elif not lane.leases:
             lane.session.busy -= 1
-            if lane.state is LaneState.DRAINING:  # it has run its last task (max_tasks_per_child)
+            if lane.state is LaneState.DRAINING:  # it has run its last task (max_tasks_per_child), or is to be ended
                 self.drop_lane(lane)
                 self.pool.append(StopWorker(lane.peer))
-                return
-        self.reindex(lane)
+            else:
+                self.reindex(lane)
 
     def reindex(self, lane: Lane) -> None:
         """Put a lane among the free ones, or take it out."""
@@ -182,6 +198,7 @@ class Placement:
         """Forget a lane; the caller knows what becomes of its leases."""
         session = lane.session
         session.lanes.pop(lane.peer, None)
+        self.lanes.pop((lane.peer, session.no), None)
         session.free.pop(lane, None)
         lane.slots = 0
         if lane.is_worker:
@@ -193,7 +210,7 @@ class Placement:
         session = task.session
         task.lane = None
         task.renew = session.is_root
-        if not session.is_root and (self.draining or session.failed):
+        if not session.is_root and (self.draining or session.failed or not session.told):
             self.give_back(session, [task])
         else:
             session.queue_of(task).push_front(task)
@@ -208,11 +225,15 @@ class Placement:
 
     def revoke(self, lane: Lane, first: int) -> None:
         """Begin to take back what a worker has not started, from order `first` on; one revocation at a time."""
-        if lane.revoke_range is not None or lane.revoke_end is not None or first > lane.sent:
+        if lane.revoke_range is not None or first > lane.sent:
             return  # the end of the present one looks at every doomed task again
-        last = next(reversed(lane.leases.values()))
+        if lane.revoke_end is None:
+            last = next(reversed(lane.leases.values()))
+            lane.revoke_end = (last.run.seq, last.run.attempt)
+        else:
+            first = min(first, lane.revoked_from)  # what is revoked stays so: it may have been handed out again
+        lane.revoked_from = first
         lane.revoke_range = (first, lane.sent)
-        lane.revoke_end = (last.run.seq, last.run.attempt)
         lane.session.free.pop(lane, None)
         self.pool.append(Revoke(lane.peer, first, lane.sent))
 
@@ -229,13 +250,14 @@ class Placement:
 
     def end_doomed(self, lane: Lane, started: int) -> None:
         """Go on with doomed tasks a worker still has: end the worker if it runs one, take back those it has not begun."""
-        for task in list(lane.leases.values()):
-            if task.doom is not None and task.order == started:
-                self.pool.append(KillWorker(lane.peer, f"task {task.run.seq} was to end"))
-                return
-        waiting = [task.order for task in lane.leases.values() if task.doom is not None and task.order > started]
-        if waiting:
-            self.revoke(lane, min(waiting))
+        doomed = [task for task in lane.leases.values() if task.doom is not None and task.order >= started]
+        if not doomed:
+            return
+        if any(task.order > started for task in lane.leases.values()):
+            self.revoke(lane, doomed[0].order)  # first, so that the worker does not begin another before it is ended
+        else:
+            lane.state = LaneState.DRAINING
+            self.pool.append(KillWorker(lane.peer, f"task {doomed[0].run.seq} was to end"))
 
     def passed_revocation(self, lane: Lane, seq: int, attempt: int) -> None:
         """Learn that a worker is past (seq, attempt): with the last revoked task, it may be given work again."""

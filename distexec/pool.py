@@ -95,6 +95,7 @@ class Worker:
         self.is_ready = self.is_stopping = False
         self.link: Link = cast("Link", None)  # set at once by the pool; a link needs us for its callbacks
         self.output = output
+        self.session: Any = None  # for the owner's use
         self._on_run = on_run  # called after Runs were queued, if output is captured
         self._store = store
         self._arenas: set[int] = set()  # whose descriptors it was given

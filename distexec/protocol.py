@@ -1,12 +1,13 @@
 """Bytes to messages and back, with every length limited. No socket, thread or clock.
 
-A frame is a 4-byte big-endian length and a msgpack array of that many bytes: a batch of messages, so that under load the
-cost of a frame is shared. Decoders are built from the unions of `messages`, so what a peer may not say is not decodable.
+A frame is a 4-byte big-endian length and a msgpack array of that many bytes: a batch of messages, so that under load
+the cost of a frame is shared. Decoders are built from the unions of `messages`, so what a peer may not say is not
+decodable.
 
     messages ──pack──► frames ──socket──► FrameDecoder.feed / .space + .grew ──► messages
 
-The hot path of the package: one encoder call and one decoder call a frame, nothing a message. Imported by workers, hence
-nothing heavy here; the handshake is in `handshake`.
+The hot path of the package: one encoder call and one decoder call a frame, nothing a message. Imported by workers,
+hence nothing heavy here; the handshake is in `handshake`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 __all__ = ["FRAME_TARGET_BYTES", "HEADER_BYTES", "MAX_FRAME_BYTES", "FrameDecoder", "encode", "pack"]
 
 MAX_FRAME_BYTES = (8 << 20) + 4096
-"""The largest frame body. Smaller: a task with several inline buffers does not fit. Larger: a peer can make us hold more."""
+"""The largest frame body. Smaller: a task with several inline buffers does not fit. Larger: a peer can make us hold
+more."""
 
 FRAME_TARGET_BYTES = 1 << 20
 """A batch above this is sent as several frames. Smaller: more calls. Larger: the receiver starts later on the batch."""
@@ -49,7 +51,8 @@ def encode(messages: Sequence[Message]) -> bytes | bytearray:
 
 
 def pack(messages: Sequence[Message]) -> list[bytes | bytearray]:
-    """Make frames of the messages, in order: one, or several of about `FRAME_TARGET_BYTES` if they are many and large."""
+    """Make frames of the messages, in order: one, or several of about `FRAME_TARGET_BYTES` if they are many and
+    large."""
     if len(messages) == 1:
         return [encode(messages)]
     body = _encoder.encode(messages)
@@ -93,8 +96,9 @@ class FrameDecoder:
         says: the message type, or union of them, that the peer may utter.
         max_frame_bytes: larger frames are refused before a byte of them is kept.
 
-    A reader that owns its buffer calls `feed`. One that wants to save a copy asks `space` where the rest of a frame begun
-    belongs, receives into it and calls `grew`; `space` is None between frames. After a ProtocolError it is of no more use.
+    A reader that owns its buffer calls `feed`. One that wants to save a copy asks `space` where the rest of a frame
+    begun belongs, receives into it and calls `grew`; `space` is None between frames. After a ProtocolError it is of
+    no more use.
     """
 
     __slots__ = ("_decode", "_filled", "_frame", "_head", "_max_frame_bytes")

@@ -169,7 +169,7 @@ class Root:
         if self.pool is not None:
             self.pool.terminate()
         for task in left:
-            self._let_go(task, None)
+            self._let_go(task)
             task.owner.conclude(None, error)
             if self._room is not None:
                 self._room.release()
@@ -216,28 +216,68 @@ class Root:
         self._check_open()
         if not self._is_started:
             self.start()
+        future: ClusterFuture[Any] = ClusterFuture()
+        packed = self._pack(fn, args, kwargs, future)
+        if packed is None:
+            return future
+        task, definition = self._task(packed, future, options, retries)
+        if not self.dispatcher.submit(self, task, definition):
+            self._take_back([task])
+        return future
+
+    def submit_many(self, fn: Callable[..., Any], calls: Sequence[tuple[Any, ...]], options: Options | None,
+                    retries: int | None) -> list[ClusterFuture[Any]]:
+        """Take in several calls of one function, given by their arguments, at the price of little more than one."""
+        self._check_open()
+        if not self._is_started:
+            self.start()
+        futures: list[ClusterFuture[Any]] = []
+        batches: dict[int, tuple[Define, list[Task]]] = {}  # by function number: it may change between two calls
+        for args in calls:
+            future: ClusterFuture[Any] = ClusterFuture()
+            futures.append(future)
+            packed = self._pack(fn, args, {}, future)
+            if packed is not None:
+                task, definition = self._task(packed, future, options, retries)
+                batches.setdefault(definition.fn, (definition, []))[1].append(task)
+        for definition, tasks in batches.values():
+            if not self.dispatcher.submit_many(self, tasks, definition):
+                self._take_back(tasks)
+        return futures
+
+    def _pack(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any],
+              future: ClusterFuture[Any]) -> tuple[Define, bytes, Buffers] | None:
+        """Pickle a call and put its buffers by; None, and the future has failed, if that cannot be done."""
         if self._room is not None:
             self._room.acquire()
-        future: ClusterFuture[Any] = ClusterFuture()
         try:
             code, code_buffers, key = self.packer.pack_function(fn)
             data, views = self.packer.pack_call(args, kwargs, key)
             definition = self._functions.get(key) or self._define(key, code, code_buffers)
-            buffers: Buffers = ()
             if views or len(data) > MAX_INLINE_BYTES:
-                data, buffers = self._put_by(data, views)
+                return definition, *self._put_by(data, views)
         except Exception as error:
             if self._room is not None:
                 self._room.release()
             future.conclude(None, error)
-            return future
+            return None
+        return definition, data, ()
+
+    def _task(self, packed: tuple[Define, bytes, Buffers], future: ClusterFuture[Any], options: Options | None,
+              retries: int | None) -> tuple[Task, Define]:
+        definition, data, buffers = packed
         run = Run(self.session.no, next(self._seqs), 1, definition.fn, data, buffers, options)
         task = Task(run, self.session, future, self.retries if retries is None else retries)
         future.bind(task, self)
-        if not self.dispatcher.submit(self, task, definition):
-            self._let_go(task, None)
-            self._check_open()
-        return future
+        return task, definition
+
+    def _take_back(self, tasks: Sequence[Task]) -> None:
+        """The executor was shut down while these were on their way in: raise as if that had come first."""
+        for task in tasks:
+            self._let_go(task)
+            if self._room is not None:
+                self._room.release()
+        self._check_open()
 
     @property
     def is_open(self) -> bool:
@@ -298,7 +338,7 @@ class Root:
             if isinstance(buffer, BlobRef):
                 self.store.release(buffer)
 
-    def _let_go(self, task: Task, message: Outcome | None) -> None:
+    def _let_go(self, task: Task) -> None:
         if task.run.buffers:
             self._release(task.run.buffers)
 
@@ -307,7 +347,7 @@ class Root:
     def withdraw(self, task: Task) -> None:
         """Forget a cancelled task that was never handed out."""
         if self.dispatcher.call(lambda now: self.scheduler.discard(task)):
-            self._let_go(task, None)
+            self._let_go(task)
             if self._room is not None:
                 self._room.release()
             if self._is_closing:
@@ -476,7 +516,7 @@ class Root:
                 self.session.forget(task)
             return tasks
         for task in self.dispatcher.call(take):
-            self._let_go(task, None)
+            self._let_go(task)
             task.owner.conclude(None, NoNodes(text))
             if self._room is not None:
                 self._room.release()

@@ -66,15 +66,17 @@ class Scheduler:
         self.sessions: list[Session] = []
         self._place = Placement(claim)
         self._by_uplink: dict[tuple[Peer, int], Session] = {}  # by the link above and the session's number there
-        self._lanes: dict[tuple[Peer, int], Lane] = {}  # by the peer below and the session's number there
+        self._lanes = self._place.lanes
         self._nodes: dict[Peer, tuple[str, float]] = {}  # name and window of each node below whose link is up
         self._limits: dict[Peer, int] = {}  # most slots of a node to use
+        self._drained: set[Peer] = set()  # nodes that are to get nothing more
         self._node_timeout_s, self._orphan_s = node_timeout_s, orphan_s
         self._absent = absent
         self._ended: list[tuple[Task, Outcome | Lost]] = []
         self._failures: list[tuple[Session, Peer | None, SessionFailed]] = []
         self._last_number = 0
         self._touched: dict[Session, dict[Lane, None] | None] = {}  # to be filled after this batch; None: every lane
+        self._last_touched: Lane | None = None  # saves looking it up in `_touched` for each outcome of a batch
         self._table: dict[type, Callable[[Peer, Message, float], None]] = {
             kind: getattr(self, f"_on_{name}") for kind, name in (
                 (Run, "run"), (Define, "define"), (Undefine, "undefine"), (Recall, "recall"), (Kill, "kill"),
@@ -87,6 +89,11 @@ class Scheduler:
     def has_news(self) -> bool:
         """Whether anything came out that nobody took yet."""
         return bool(self._place.out or self._place.pool or self._ended or self._failures)
+
+    @property
+    def only_speaks(self) -> bool:
+        """Whether what came out is one message and nothing else."""
+        return len(self._place.out) == 1 and not (self._place.pool or self._ended or self._failures)
 
     def take(self) -> list[tuple[Peer, Message]]:
         """Give what is to be said since the last call, in order."""
@@ -168,6 +175,8 @@ class Scheduler:
     def submit(self, session: Session, task: Task) -> None:
         """Take in a new task; it is handed out at once if a slot is free and nothing waits before it."""
         session.tasks[task.run.seq] = task
+        if task.run.options is not None and task.run.options.timeout_s:
+            session.limited = True
         self._place.submit(session, task)
 
     def discard(self, task: Task) -> bool:
@@ -244,6 +253,7 @@ class Scheduler:
     def node_lost(self, peer: Peer, evidence: Evidence, now: float) -> None:
         """Learn that a node is dead: what it had may have been running, so that is charged and runs elsewhere."""
         self._nodes.pop(peer, None)
+        self._drained.discard(peer)
         for session in list(self.sessions):
             lane = session.lanes.get(peer)
             if lane is not None:
@@ -255,13 +265,19 @@ class Scheduler:
 
     def drain_node(self, peer: Peer) -> None:
         """Give a node nothing more, and ask back what it has not started."""
+        self._drained.add(peer)
         for session in self.sessions:
             lane = session.lanes.get(peer)
             if lane is not None and lane.state is LaneState.ACTIVE:
-                lane.state = LaneState.DRAINING
-                self._place.reindex(lane)
-                if lane.leases:
-                    self._place.out.append((peer, Recall(session.no, len(lane.leases))))
+                self._resume_lane(lane)
+
+    def _resume_lane(self, lane: Lane) -> None:
+        """Use a lane again after its link came back, unless its node is to get nothing more."""
+        is_drained = lane.peer in self._drained
+        lane.state = LaneState.DRAINING if is_drained else LaneState.ACTIVE
+        self._place.reindex(lane)
+        if is_drained and lane.leases:
+            self._place.out.append((lane.peer, Recall(lane.session.no, len(lane.leases))))
 
     def leases_of(self, peer: Peer) -> int:
         """Count what a peer holds, over all sessions."""
@@ -273,6 +289,10 @@ class Scheduler:
         if lane is None:
             lane = session.lanes[peer] = Lane(peer, session, name, is_worker=False)
             lane.limit = self._limits.get(peer, lane.limit)
+            if peer in self._drained:
+                lane.state = LaneState.DRAINING
+            if session.failed and not self.slots:
+                session.failed, session.failure = False, None  # this node may be able to
         lane.window_s, lane.wanted = window_s, False
         lane.defined.clear()
         self._lanes[peer, session.no] = lane
@@ -281,7 +301,6 @@ class Scheduler:
 
     def _drop_lane(self, lane: Lane) -> None:
         self._place.drop_lane(lane)
-        self._lanes.pop((lane.peer, lane.session.no), None)
         touched = self._touched.get(lane.session)
         if touched:
             touched.pop(lane, None)
@@ -305,15 +324,25 @@ class Scheduler:
         session.starting = max(0, session.starting - 1)
         if session.closing or session.failed:
             return
-        session.failed = True
-        failure = SessionFailed(session.uplink_no, evidence, data)
-        if session.is_root:
-            self._failures.append((session, None, failure))
-        else:
-            self._place.give_back(session, list(session.queue))
-            if session.upstream is not None:
-                self._place.out.append((session.upstream, failure))
+        self._fail(session, None, SessionFailed(session.uplink_no, evidence, data))
         self._share(now)
+
+    def _fail(self, session: Session, peer: Peer | None, failure: SessionFailed) -> None:
+        """No more workers of the session can be had here: what runs may end, the rest goes back."""
+        session.failed = True
+        if session.is_root:
+            self._failures.append((session, peer, failure))
+        else:
+            session.failure = failure
+            self._place.give_back(session, session.unleased())
+            self._tell_failure(session)
+
+    def _tell_failure(self, session: Session) -> None:
+        """Say upward that the session failed once nothing of it runs here; the vertex above takes all it leased for unstarted."""
+        failure = session.failure
+        if failure is not None and not session.tasks and session.upstream is not None and not session.reconciling:
+            session.failure = None
+            self._place.out.append((session.upstream, SessionFailed(session.uplink_no, failure.evidence, failure.data)))
 
     def worker_gone(self, worker: Peer, session: Session, started: int, evidence: Evidence, now: float) -> None:
         """Learn that a worker died, all it sent having been received; `started` is the order it began last."""
@@ -332,6 +361,7 @@ class Scheduler:
                 self._place.requeue(task)
         self._share(now)
         self._place.fill(session)
+        self._tell_failure(session)
 
     def revoked(self, worker: Peer, session: Session, started: int, now: float) -> None:
         """Learn, 10 ms after `Revoke`, which order the worker began last: what was revoked beyond it is ours again."""
@@ -341,6 +371,7 @@ class Scheduler:
         for task in self._place.taken_back(lane, started):
             self._come_back(task)
         self._place.fill(session)
+        self._tell_failure(session)
 
     def _come_back(self, task: Task) -> None:
         """A lease ended without the task having started."""
@@ -370,9 +401,11 @@ class Scheduler:
 
     def _settle(self, now: float) -> None:
         """Refill what the batch touched, once."""
-        touched, self._touched = self._touched, {}
+        touched, self._touched, self._last_touched = self._touched, {}, None
         for session, lanes in touched.items():
             self._place.fill(session, lanes)
+            if session.failed:
+                self._tell_failure(session)
         if len(self.sessions) > 1:
             self._share(now)
 
@@ -394,9 +427,10 @@ class Scheduler:
         if message.kind <= OutcomeKind.ERROR:
             estimate = session.estimates.get(task.run.fn)
             (session.estimate_of(task.run.fn) if estimate is None else estimate).saw(message.run_ns * 1e-9)
-        if lane.slots:
+        if self._last_touched is not lane:
+            self._last_touched = lane
             self._touch(lane)
-        if session.is_root:
+        if session.uplink_no == 0:
             session.tasks.pop(message.seq, None)
             self._ended.append((task, message))
             if not lane.is_worker:
@@ -434,6 +468,7 @@ class Scheduler:
             self._pass_up(task, Lost(session.uplink_no, task.run.seq, task.run.attempt, evidence), None)
         else:
             task.deaths += 1
+            task.charged = True
             if task.deaths > task.retries:
                 session.forget(task)
                 self._ended.append((task, Lost(0, task.run.seq, task.run.attempt, evidence)))
@@ -488,8 +523,9 @@ class Scheduler:
         if lane is None:
             return
         lane.offered = message.slots
+        lane.has_failed = lane.has_failed and not message.slots
         if lane.state is LaneState.SUSPENDED:  # it comes back without `Held`: it ended the session meanwhile
-            lane.state = LaneState.ACTIVE
+            self._resume_lane(lane)
             for task in reversed(list(lane.leases.values())):
                 self._place.unlease(task)
                 self._died(task, Evidence(lane.name, reason="the node ended the session while its link was away"))
@@ -500,8 +536,6 @@ class Scheduler:
         lane = self._lanes.get((peer, message.session))
         if lane is None:
             return
-        if lane.state is LaneState.SUSPENDED:
-            lane.state = LaneState.ACTIVE
         held = {tuple(key) for key in message.leases} | {tuple(key) for key in message.outcomes}
         for task in reversed(list(lane.leases.values())):
             if (task.run.seq, task.run.attempt) not in held:
@@ -510,6 +544,7 @@ class Scheduler:
         drop = [(seq, attempt) for seq, attempt in message.leases if not self._is_held_for(lane, seq, attempt)]
         ack = [seq for seq, attempt in message.outcomes if not self._is_held_for(lane, seq, attempt)]
         self._place.out.append((peer, Resume(lane.session.no, drop, ack)))
+        self._resume_lane(lane)
         for task in list(lane.leases.values()):
             if task.doom is not None:
                 self._place.out.append((peer, Kill(lane.session.no, task.run.seq, task.run.attempt)))
@@ -527,16 +562,15 @@ class Scheduler:
         if lane is None:
             return
         session = lane.session
-        tasks = list(lane.leases.values())
-        self._drop_lane(lane)
-        for task in reversed(tasks):
-            self._place.requeue(task)
+        lane.has_failed = True  # it stays, for acknowledgements and `Close`
+        lane.offered = 0
+        for task in reversed(list(lane.leases.values())):
+            self._place.unlease(task)
+            self._come_back(task)
         if session.is_root:
             self._failures.append((session, peer, message))
-        elif not session.lanes and session.upstream is not None:
-            session.failed = True
-            self._place.give_back(session, list(session.queue))
-            self._place.out.append((session.upstream, SessionFailed(session.uplink_no, message.evidence, message.data)))
+        elif all(each.has_failed for each in session.lanes.values()):
+            self._fail(session, peer, message)
         self._cap(session, now)
 
     def _on_run(self, peer: Peer, message: Run, now: float) -> None:
@@ -552,7 +586,9 @@ class Scheduler:
         if session.no != message.session:
             message = Run(session.no, seq, message.attempt, message.fn, message.data, message.buffers, message.options)
         task = session.tasks[seq] = Task(message, session)
-        if session.failed or self._place.draining:
+        if message.options is not None and message.options.timeout_s:
+            session.limited = True
+        if session.failed or self._place.draining or not session.told:
             self._place.give_back(session, [task])
         elif self._absent is not None and (message.buffers or message.fn not in session.code) and self._absent(message):
             session.waiting[seq] = task
@@ -642,6 +678,7 @@ class Scheduler:
             self._place.out.append((peer, session.unacked[seq][0]))
         session.reconciling, session.told = False, -1
         self._offer(session)
+        self._tell_failure(session)
 
     def _on_close(self, peer: Peer, message: Close, now: float) -> None:
         session = self._by_uplink.get((peer, message.session))
@@ -659,7 +696,7 @@ class Scheduler:
         """Stop taking work: give back what has not started, finish what runs."""
         self._place.draining = True
         for session in self.sessions:
-            self._place.give_back(session, [*session.queue, *session.waiting.values()])
+            self._place.give_back(session, session.unleased())
             for lane in session.lanes.values():
                 if lane.is_worker and len(lane.leases) > 1:
                     self._place.revoke(lane, next(iter(lane.leases.values())).order + 1)
@@ -687,7 +724,7 @@ class Scheduler:
         session.told = slots
         self._place.out.append((session.upstream, Offer(session.uplink_no, slots)))
         if not slots:
-            self._place.give_back(session, list(session.queue))
+            self._place.give_back(session, session.unleased())
 
     def _cap(self, session: Session, now: float) -> None:
         """Use no more of the offered slots than the session's ceiling, in the order in which the nodes came."""
@@ -705,13 +742,20 @@ class Scheduler:
     def watched(self) -> list[tuple[Session, Peer]]:
         """Name the workers whose page `tick` needs: those with work behind what runs, or a time limit on it."""
         return [(session, lane.peer) for session in self.sessions if session.busy for lane in session.lanes.values()
-                if lane.is_worker and lane.leases and (len(lane.leases) > 1 or _has_limit(lane))]
+                if lane.is_worker and lane.leases and (len(lane.leases) > 1 or session.limited)]
 
     def needs_tick(self) -> bool:
-        """Say whether `tick` has anything to look at soon (within tens of milliseconds)."""
-        return bool(self.watched()) or len(self.sessions) > 1 or any(
-            session.free and not session.queue.count and len(session.tasks) > len(session.lanes)
-            for session in self.sessions)
+        """Say whether `tick` has anything to look at within milliseconds."""
+        for session in self.sessions:
+            if session.limited and session.busy:
+                return True
+            if len(session.tasks) <= session.busy:
+                continue  # no worker has anything behind what it runs
+            if session.busy and any(len(lane.leases) > 1 for lane in session.lanes.values() if lane.is_worker):
+                return True
+            if session.free and not session.queue.count and len(session.lanes) > session.workers:
+                return True
+        return len(self.sessions) > 1
 
     def tick(self, now: float, progress: Mapping[Peer, tuple[int, float]] | None = None) -> None:
         """Let time pass: `progress` gives, for each watched worker, the order it began last and since how long (s)."""
@@ -736,7 +780,7 @@ class Scheduler:
 
     def _watch(self, lane: Lane, started: int, age_s: float) -> None:
         """Look at a worker: is its task over its time limit, or in the way of what is queued behind it?"""
-        if lane.revoke_range is not None or lane.revoke_end is not None:
+        if lane.revoke_range is not None:
             return
         current = next((task for task in lane.leases.values() if task.order == started), None)
         if current is None:
@@ -744,13 +788,9 @@ class Scheduler:
         limit_s = current.run.options.timeout_s if current.run.options is not None else 0.0
         if limit_s and age_s > limit_s:
             self.kill(current, OutcomeKind.TIMEOUT)
-        elif len(lane.leases) > 1 and age_s > OVERDUE_S:
+        elif lane.revoke_end is None and len(lane.leases) > 1 and age_s > OVERDUE_S:
             lane.session.estimate_of(current.run.fn).outgrown(age_s)
             self._place.revoke(lane, started + 1)
-
-
-def _has_limit(lane: Lane) -> bool:
-    return any(task.run.options is not None and task.run.options.timeout_s for task in lane.leases.values())
 
 
 def _verdict(task: Task, kind: OutcomeKind | str) -> Outcome:

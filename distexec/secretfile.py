@@ -1,4 +1,5 @@
-"""Where the secret of a cluster is found and kept. The rule: a file that somebody else could read or write is refused."""
+"""Where the secret of a cluster is found and kept. The rule: a file that somebody else could read or write is
+refused."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ def secret_path() -> Path:
     return base / "distexec" / "secret"
 
 
-def load_secret(explicit: str | bytes | Secret | None = None, file: str | os.PathLike[str] | None = None) -> Secret | None:
+def load_secret(explicit: str | bytes | Secret | None = None,
+                file: str | os.PathLike[str] | None = None) -> Secret | None:
     """Find the secret: `explicit`, else `file`, else $DISTEXEC_SECRET, else the per-user file, else None.
 
     Args:
@@ -54,8 +56,8 @@ def load_secret(explicit: str | bytes | Secret | None = None, file: str | os.Pat
 def read_secret(path: Path) -> Secret:
     """Read a secret file, opened without following a link and checked through the open descriptor.
 
-    Raises UnsafeSecretFile when it is a link, not a regular file, another user's, or open to others; ValueError when its
-    content is not a secret; OSError when it cannot be opened.
+    Raises UnsafeSecretFile when it is a link, not a regular file, another user's, or open to others; ValueError when
+    its content is not a secret; OSError when it cannot be opened.
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | getattr(os, "O_NOFOLLOW", 0))
@@ -80,16 +82,16 @@ def read_secret(path: Path) -> Secret:
 def create_secret(path: str | os.PathLike[str] | None = None) -> Path:
     """Write a new random secret to `path` (None: the per-user file) and return the path.
 
-    The file is created with mode 0600, its directory, if missing, with 0700. Raises FileExistsError, naming the file, rather
-    than overwrite: nodes that hold the old secret would be locked out.
+    The file is created with mode 0600, its directory, if missing, with 0700. Raises FileExistsError, naming the file,
+    rather than overwrite: nodes that hold the old secret would be locked out.
     """
     path = secret_path() if path is None else Path(path)
     _make_private_directory(path.parent)
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except FileExistsError:
-        raise FileExistsError(f"secret file {path} exists and is not overwritten; remove it first if every node is to get "
-                              "a new secret") from None
+        raise FileExistsError(f"secret file {path} exists and is not overwritten; remove it first if every node is "
+                              "to get a new secret") from None
     with os.fdopen(fd, "w") as file:
         file.write(Secret(secrets.token_bytes(SECRET_BYTES)).text + "\n")
     return path
@@ -108,8 +110,8 @@ def _check(status: os.stat_result, path: Path) -> None:
     if not hasattr(os, "getuid"):
         return  # Windows keeps such files private by the profile directory's rights; modes say nothing there
     if status.st_uid != os.getuid():
-        raise UnsafeSecretFile(f"secret file {path} belongs to user {status.st_uid}, not to user {os.getuid()} that runs "
-                               f"this process; copy it: install -m 600 {path} <your own file>")
+        raise UnsafeSecretFile(f"secret file {path} belongs to user {status.st_uid}, not to user {os.getuid()} that "
+                               f"runs this process; copy it: install -m 600 {path} <your own file>")
     if status.st_mode & 0o077:
         raise UnsafeSecretFile(f"secret file {path} is open to other users (mode {stat.S_IMODE(status.st_mode):03o}): "
                                f"chmod 600 {path}")

@@ -11,6 +11,10 @@ from collections.abc import Sequence
 
 from .ledger import Session
 
+TURN_S = 0.1
+"""How long a slot that cannot be divided stays with one session. Smaller: more tasks are handed back and forth. Larger: with
+more sessions than slots, a client waits longer for its turn."""
+
 PEAK_S = 0.1
 """How long a session keeps its share while its client pauses between two tasks. Smaller: a client that makes one call after
 the other asks for its slot each time. Larger: an idle client's slots stand still that long."""
@@ -32,14 +36,26 @@ def targets(slots: int, sessions: Sequence[Session], now: float) -> dict[Session
         shares[only] = min(slots, only.ceiling or slots)
         return shares
     wanted = {session: demand(session, slots, now) for session in sessions}
+    _settle_up(sessions, wanted, now)
     usable = {session: min(session.ceiling or slots, slots) for session in sessions}
     left = slots
     for limits in (wanted, usable):
         while left and (hungry := [s for s in sessions if shares[s] < limits[s]]):
-            poorest = min(hungry, key=lambda s: shares[s] / s.weight)
+            poorest = min(hungry, key=lambda s: (shares[s] / s.weight, s.served // TURN_S))
             shares[poorest] += 1
             left -= 1
     return shares
+
+
+def _settle_up(sessions: Sequence[Session], wanted: dict[Session, int], now: float) -> None:
+    """Note what each session had since the last time; who wants nothing saves nothing up."""
+    for session in sessions:
+        session.served += max(session.granted, session.busy) * (now - session.served_at) / session.weight
+        session.served_at = now
+    least = min((session.served for session in sessions if wanted[session]), default=0.0)
+    for session in sessions:
+        if not wanted[session]:
+            session.served = max(session.served, least)
 
 
 def regrant(slots: int, sessions: Sequence[Session], aims: dict[Session, int]) -> list[Session]:

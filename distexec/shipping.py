@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import tempfile
 import threading
 import weakref
 from bisect import insort
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     import xxhash
     from typing_extensions import Buffer
 
-__all__ = ["BlobStore", "BlobWriter", "Mappings", "Segment", "digest_of", "map_segment"]
+__all__ = ["BlobStore", "BlobWriter", "Mappings", "Segment", "digest_of", "map_segment", "shared_file"]
 
 ARENA_BYTES = 256 << 20
 """Address space of one arena. Smaller: more descriptors for many blobs. Larger: nothing but address space."""
@@ -264,7 +263,7 @@ class BlobStore:
         if ref.size_bytes < 0:
             raise ValueError(f"a blob cannot have {ref.size_bytes} bytes")
         # A file of its own: the client maps it and forgets it, and its array may live for as long as it likes.
-        fd = _shared_file()
+        fd = shared_file()
         try:
             os.ftruncate(fd, _pages(ref.size_bytes))
         except OSError:
@@ -368,7 +367,7 @@ class BlobStore:
                 if not arena.sole and (offset := arena.allocate(size)) is not None:
                     arena.copying += 1
                     return arena, offset
-        fd = _shared_file()
+        fd = shared_file()
         try:
             os.ftruncate(fd, max(size, ARENA_BYTES))
             arena = self._add_arena(fd, max(size, ARENA_BYTES), reserve=size, copying=1)
@@ -473,10 +472,12 @@ def _pages(size_bytes: int) -> int:
     return max(1, -(-size_bytes // _PAGE)) * _PAGE
 
 
-def _shared_file() -> int:
+def shared_file() -> int:
     """Open a file that has no name and lives in memory, or in the temporary directory where there is no such thing."""
     if hasattr(os, "memfd_create"):
         return os.memfd_create("distexec")
+    import tempfile  # slow to import, and not needed on Linux
+
     fd, path = tempfile.mkstemp(prefix="distexec-")
     os.unlink(path)
     return fd

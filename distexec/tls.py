@@ -98,7 +98,7 @@ def _make_certificate() -> bytes:
     from cryptography.hazmat.primitives.asymmetric import ec
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "distexec")])
-    now = datetime.datetime.now(datetime.timezone.utc)
+    now = datetime.datetime.now(datetime.UTC)
     certificate = (x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
                    .serial_number(x509.random_serial_number())
                    .not_valid_before(now - datetime.timedelta(days=1)).not_valid_after(now + VALID_FOR)
@@ -122,8 +122,8 @@ def explain(error: ssl.SSLError) -> Exception:
     """Make of a TLS failure during the handshake the exception that says what it means."""
     reason = (error.reason or str(error)).replace("_", " ").lower()
     if isinstance(error, ssl.SSLCertVerificationError) or "certificate" in reason or "unknown ca" in reason:
-        return AuthenticationFailed(f"a certificate was not accepted ({reason}); both ends need certificates signed by the "
-                                    "configured authority")
+        return AuthenticationFailed(f"a certificate was not accepted ({reason}); both ends need certificates signed "
+                                    "by the configured authority")
     return ProtocolError(f"TLS 1.3 could not be agreed on ({reason}); is another program using this port?")
 
 

@@ -4,8 +4,8 @@
     loop.dial(addresses, role, ...)     ─► Dial, then on_open(link)   ╮ TLS, both ends proved: `opening`
     loop.listen(address, ..., accept)   ─► Listener, accept(link)     ╯
 
-The thread itself is in `iothread`, what a link does in `link`, what TLS adds in `tls`. TLS is imported only by the first
-dial or listen, since an executor with local workers needs none.
+The thread itself is in `iothread`, what a link does in `link`, what TLS adds in `tls`. TLS is imported only by the
+first dial or listen, since an executor with local workers needs none.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ class Loop(IoThread):
         """Connect to the first of `addresses` that answers, prove the secret both ways, exchange Hellos. Any thread.
 
         Then `on_open(link)`, or `on_failed(exception)`: OSError (nobody listens, no route), TimeoutError,
-        AuthenticationFailed, IncompatibleNode, ProtocolError. The returned dial can be cancelled: then neither is called.
+        AuthenticationFailed, IncompatibleNode, ProtocolError. The returned dial can be cancelled: then neither is
+        called.
 
         Args:
             addresses: as `resolve` returns them.

@@ -65,6 +65,10 @@ def double(x: int) -> int:
     return 2 * x
 
 
+def process_class() -> str:
+    return type(multiprocessing.current_process()).__name__
+
+
 def fail_to_initialize(log_queue: Any = None) -> None:
     raise ValueError("error in initializer")
 
@@ -115,9 +119,10 @@ def test_max_tasks_per_child(make: Make) -> None:
 def test_max_tasks_per_child_means_spawn() -> None:
     """Without a context, max_tasks_per_child gives spawned workers."""
     with TemplateExecutor(1, max_tasks_per_child=3) as executor:
-        assert executor.submit(multiprocessing.get_start_method, True).result(PATIENCE_S) == "spawn"
+        assert executor.submit(process_class).result(PATIENCE_S) == "SpawnProcess"
 
 
+@pytest.mark.skipif(IS_PEER, reason="ProcessPoolExecutor leaves processes here, and hangs at exit")
 def test_no_thread_can_be_started(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """When the interpreter starts no more threads, work fails with an error; nothing hangs."""
     def refuse(self: threading.Thread) -> None:

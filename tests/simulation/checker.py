@@ -10,7 +10,7 @@ named. Deep checks recompute everything, every 50 steps and at the end. What is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from distexec.ledger import ABANDONED, UNKNOWN, Lane, LaneState, Session, Task
@@ -27,21 +27,21 @@ ROUNDING_S = 1e-9
 class WatchedPlacement(Placement):
     """Checks each lease at the moment it is made."""
 
-    def _lease(self, task: Task, lane: Lane) -> None:
+    def _lease(self, task: Task, lane: Lane, estimate_s: float | None = None) -> None:
         before = len(lane.leases)
-        super()._lease(task, lane)
-        _expect(lane.state is not LaneState.SUSPENDED, f"{task} was leased to suspended {lane}")
-        _expect(lane.revoke_end is None, f"{task} was leased into a revocation on {lane}")
-        _expect(len(lane.leases) == before + 1, f"{task} took the place of another lease on {lane}")
+        super()._lease(task, lane, estimate_s)
+        _expect(lane.state is not LaneState.SUSPENDED, lambda: f"{task} was leased to suspended {lane}")
+        _expect(lane.revoke_end is None, lambda: f"{task} was leased into a revocation on {lane}")
+        _expect(len(lane.leases) == before + 1, lambda: f"{task} took the place of another lease on {lane}")
         if before >= lane.slots:
-            _expect(not task.is_solo, f"{task} (retries=0) was leased ahead on {lane}")
+            _expect(not task.is_solo, lambda: f"{task} (retries=0) was leased ahead on {lane}")
             if lane.is_worker:
-                _expect(not lane.unknown and lane.work_s <= AHEAD_S + ROUNDING_S, f"worker window passed by {task} on {lane}")
+                _expect(not lane.unknown and lane.work_s <= AHEAD_S + ROUNDING_S, lambda: f"worker window passed by {task} on {lane}")
             else:
                 _expect(before == lane.slots or (not lane.unknown and lane.work_s <= lane.window_s * lane.slots + ROUNDING_S),
-                        f"node window passed by {task} on {lane}")
+                        lambda: f"node window passed by {task} on {lane}")
         elif lane.is_worker:
-            _expect(lane.session.busy <= lane.session.granted, f"{task} runs beyond the share of {lane.session}")
+            _expect(lane.session.busy <= lane.session.granted, lambda: f"{task} runs beyond the share of {lane.session}")
 
 
 class Checker:
@@ -51,14 +51,14 @@ class Checker:
         self.world = world
         self.world.observer = self
         self.begun = self.ended = self.checks = 0
-        self._most_busy: dict[Vertex, int] = {}
+        self._busy: dict[Vertex, int] = {}
 
     # ---- what is told to it
 
     def on_boot(self, vertex: Vertex) -> None:
         """A vertex begins a life."""
         vertex.scheduler._place.__class__ = WatchedPlacement  # type: ignore[assignment]
-        self._most_busy[vertex] = 0
+        self._busy[vertex] = 0
 
     def on_begin(self, execution: Execution) -> None:
         """A worker begins a task."""
@@ -66,32 +66,32 @@ class Checker:
         self.begun += 1
         deaths = call.task.deaths
         _expect(call.begun <= deaths + call.unsent,
-                f"{call} begins once more (attempt {execution.attempt}, {execution.worker}) with {deaths} charged deaths and "
+                lambda: f"{call} begins once more (attempt {execution.attempt}, {execution.worker}) with {deaths} charged deaths and "
                 f"{call.unsent} outcomes lost")
-        _expect(not call.discarded, f"{call} begins though it was withdrawn")
+        _expect(not call.discarded, lambda: f"{call} begins though it was withdrawn")
         if call.retries == 0:
-            _expect(call.begun == 0, f"{call} has retries=0 and begins again")
+            _expect(call.begun == 0, lambda: f"{call} has retries=0 and begins again")
 
     def on_end(self, call: Call, task: Task, end: Outcome | Lost) -> None:
         """A root says that a call has ended."""
         self.ended += 1
-        _expect(call.end is None, f"{call} ends again, with {end}")
-        _expect(not call.discarded, f"{call} was withdrawn and ends with {end}")
-        _expect(end.attempt == task.run.attempt, f"{call} ends with a superseded attempt: {end}, now {task.run.attempt}")
-        _expect(task.lane is None and not task.queued, f"{call} ended but is still {task}")
+        _expect(call.end is None, lambda: f"{call} ends again, with {end}")
+        _expect(not call.discarded, lambda: f"{call} was withdrawn and ends with {end}")
+        _expect(end.attempt == task.run.attempt, lambda: f"{call} ends with a superseded attempt: {end}, now {task.run.attempt}")
+        _expect(task.lane is None and not task.queued, lambda: f"{call} ended but is still {task}")
         if isinstance(end, Lost):
-            _expect(task.deaths == call.retries + 1, f"{call} is lost after {task.deaths} deaths")
+            _expect(task.deaths == call.retries + 1, lambda: f"{call} is lost after {task.deaths} deaths")
         elif end.kind is OutcomeKind.KILLED:
-            _expect(call.kills > 0, f"{call} was killed, and nobody asked for it")
+            _expect(call.kills > 0, lambda: f"{call} was killed, and nobody asked for it")
         elif end.kind is OutcomeKind.TIMEOUT:
             limit_s = call.options.timeout_s if call.options is not None else 0.0
-            _expect(0.0 < limit_s < call.duration_s, f"{call} timed out with a limit of {limit_s}")
+            _expect(0.0 < limit_s < call.duration_s, lambda: f"{call} timed out with a limit of {limit_s}")
         else:
-            _expect(call.begun > 0, f"{call} has an outcome and never ran")
+            _expect(call.begun > 0, lambda: f"{call} has an outcome and never ran")
             last = call.last
             assert last is not None
             _expect(last.attempt != end.attempt or (last.ended_at is not None and last.is_told),
-                    f"{call} has an outcome before its end")
+                    lambda: f"{call} has an outcome before its end")
 
     def on_step(self, vertex: Vertex, arguments: tuple[Any, ...]) -> None:
         """A scheduler took a step."""
@@ -110,9 +110,9 @@ class Checker:
 
     def _check_slots(self, vertex: Vertex) -> None:
         busy = sum(session.busy for session in vertex.scheduler.sessions)
-        allowed = max(vertex.scheduler.slots, self._most_busy.get(vertex, 0))
-        _expect(busy <= allowed, f"{busy} of {vertex.scheduler.slots} slots busy at {vertex}")
-        self._most_busy[vertex] = busy if busy > vertex.scheduler.slots else 0
+        allowed = max(vertex.scheduler.slots, self._busy[vertex])  # after a shrink it may only fall
+        _expect(busy <= allowed, lambda: f"{busy} of {vertex.scheduler.slots} slots busy at {vertex}")
+        self._busy[vertex] = busy
 
     def _check_light(self, vertex: Vertex, session: Session) -> None:
         """Counts, indexes, and that nothing waits that could run."""
@@ -133,19 +133,19 @@ class Checker:
                 has_free = lane
         if has_free is not None:
             raise Violation(f"{where}: {session.next_for(has_free)} waits though {has_free} is free")
-        _expect(busy == session.busy, f"{where}: busy {session.busy}, really {busy}")
-        _expect(workers == session.workers, f"{where}: workers {session.workers}, really {workers}")
-        _expect(len(session.free) <= len(session.lanes), f"{where}: a dropped lane among the free")
+        _expect(busy == session.busy, lambda: f"{where}: busy {session.busy}, really {busy}")
+        _expect(workers == session.workers, lambda: f"{where}: workers {session.workers}, really {workers}")
+        _expect(len(session.free) <= len(session.lanes), lambda: f"{where}: a dropped lane among the free")
         queued = session.queue.count
         for queue in session.pinned.values():
             queued += queue.count
         # abandoned attempts are leased, but not among the tasks
         _expect(queued + len(session.waiting) <= len(session.tasks) <= queued + len(session.waiting) + leased,
-                f"{where}: {len(session.tasks)} tasks, {queued} queued, {len(session.waiting)} waiting, {leased} leased")
+                lambda: f"{where}: {len(session.tasks)} tasks, {queued} queued, {len(session.waiting)} waiting, {leased} leased")
         if session.queue.count and not session.failed and can_use_own:
             idle = session.workers - session.busy
             need = min(session.granted - session.workers, session.queue.count - idle) - session.starting
-            _expect(need <= 0, f"{where}: {need} workers should be starting for {session}")
+            _expect(need <= 0, lambda: f"{where}: {need} workers should be starting for {session}")
 
     def _check_named(self, vertex: Vertex, arguments: tuple[Any, ...]) -> None:
         for argument in arguments:
@@ -173,12 +173,12 @@ class Checker:
             return
         lane = task.lane
         places = int(task.queued) + (session.waiting.get(task.run.seq) is task) + (lane is not None)
-        _expect(places == 1, f"{vertex.name}: {task} is in {places} places")
+        _expect(places == 1, lambda: f"{vertex.name}: {task} is in {places} places")
         if lane is not None:
             _expect(lane.leases.get(task.run.seq) is task and session.lanes.get(lane.peer) is lane,
-                    f"{vertex.name}: {task} is not where it says")
-        _expect(task.deaths <= task.retries + 1 or not session.is_root, f"{task} was charged {task.deaths} times")
-        _expect(task.doom is not ABANDONED, f"{vertex.name}: abandoned {task} is among the tasks")
+                    lambda: f"{vertex.name}: {task} is not where it says")
+        _expect(task.deaths <= task.retries + 1 or not session.is_root, lambda: f"{task} was charged {task.deaths} times")
+        _expect(task.doom is not ABANDONED, lambda: f"{vertex.name}: abandoned {task} is among the tasks")
 
     def check_vertex(self, vertex: Vertex) -> None:
         """Recompute everything at one vertex."""
@@ -191,24 +191,24 @@ class Checker:
             lanes += sum(lane.is_worker or lane.state is not LaneState.SUSPENDED for lane in session.lanes.values())
             if session.upstream is not None:
                 _expect(scheduler._by_uplink.get((session.upstream, session.uplink_no)) is session,
-                        f"{vertex.name}: {session} is not found by its uplink")
-        _expect(len(scheduler._lanes) == lanes, f"{vertex.name}: {len(scheduler._lanes)} lanes indexed, {lanes} there are")
+                        lambda: f"{vertex.name}: {session} is not found by its uplink")
+        _expect(len(scheduler._lanes) == lanes, lambda: f"{vertex.name}: {len(scheduler._lanes)} lanes indexed, {lanes} there are")
         _expect(len(scheduler._by_uplink) == sum(s.upstream is not None for s in scheduler.sessions),
-                f"{vertex.name}: uplinks {scheduler._by_uplink}")
-        _expect(not scheduler._touched, f"{vertex.name}: a touched session was not settled")
+                lambda: f"{vertex.name}: uplinks {scheduler._by_uplink}")
+        _expect(not scheduler._touched, lambda: f"{vertex.name}: a touched session was not settled")
         granted = sum(max(s.granted, s.busy) for s in scheduler.sessions)
         _expect(granted <= max(scheduler.slots, sum(s.busy for s in scheduler.sessions)),
-                f"{vertex.name}: {granted} granted of {scheduler.slots}")
+                lambda: f"{vertex.name}: {granted} granted of {scheduler.slots}")
 
     def _check_session(self, vertex: Vertex, session: Session) -> None:
         where = vertex.name
         for name, queue in [("", session.queue), *session.pinned.items()]:
             tasks = list(queue)
-            _expect(len(tasks) == len(set(tasks)) == queue.count, f"{where}: queue {name!r} counts {queue.count}, has {tasks}")
+            _expect(len(tasks) == len(set(tasks)) == queue.count, lambda: f"{where}: queue {name!r} counts {queue.count}, has {tasks}")
             entries = sum(len(level) for _, level in queue._levels)
-            _expect(entries - queue._stale == queue.count, f"{where}: {queue._stale} stale of {entries}, count {queue.count}")
+            _expect(entries - queue._stale == queue.count, lambda: f"{where}: {queue._stale} stale of {entries}, count {queue.count}")
             for task in tasks:
-                _expect(session.tasks.get(task.run.seq) is task, f"{where}: queued {task} is not among the tasks")
+                _expect(session.tasks.get(task.run.seq) is task, lambda: f"{where}: queued {task} is not among the tasks")
         for task in session.tasks.values():
             self._check_task(vertex, session, task)
         for lane in session.lanes.values():
@@ -216,25 +216,25 @@ class Checker:
         ceiling = session.ceiling
         if ceiling:
             used = session.granted + sum(lane.slots for lane in session.lanes.values() if not lane.is_worker)
-            _expect(used <= max(ceiling, session.busy), f"{where}: {used} slots used, the ceiling is {ceiling}")
+            _expect(used <= max(ceiling, session.busy), lambda: f"{where}: {used} slots used, the ceiling is {ceiling}")
 
     def _check_lane(self, vertex: Vertex, session: Session, lane: Lane) -> None:
         where = vertex.name
         unknown, work_s = 0, 0.0
         for seq, task in lane.leases.items():
-            _expect(task.lane is lane and task.run.seq == seq and not task.queued, f"{where}: {lane} has {task}")
-            _expect(session.tasks.get(seq) is task or task.doom is ABANDONED, f"{where}: leased {task} is not among the tasks")
+            _expect(task.lane is lane and task.run.seq == seq and not task.queued, lambda: f"{where}: {lane} has {task}")
+            _expect(session.tasks.get(seq) is task or task.doom is ABANDONED, lambda: f"{where}: leased {task} is not among the tasks")
             if task.estimate_s == UNKNOWN:
                 unknown += 1
             else:
                 work_s += task.estimate_s
-        _expect(unknown == lane.unknown, f"{where}: {lane} counts {lane.unknown} unknown, has {unknown}")
-        _expect(abs(work_s - lane.work_s) < 1e-6, f"{where}: {lane} counts {lane.work_s} s of work, has {work_s}")
+        _expect(unknown == lane.unknown, lambda: f"{where}: {lane} counts {lane.unknown} unknown, has {unknown}")
+        _expect(abs(work_s - lane.work_s) < 1e-6, lambda: f"{where}: {lane} counts {lane.work_s} s of work, has {work_s}")
         if lane.is_worker:
             worker: Any = lane.peer
             running = worker.running
             if worker.is_alive and running is not None:
-                _expect(running.call.seq in lane.leases, f"{where}: {worker} runs {running.call}, which is not leased to it")
+                _expect(running.call.seq in lane.leases, lambda: f"{where}: {worker} runs {running.call}, which is not leased to it")
 
     # ---- the end
 
@@ -244,7 +244,7 @@ class Checker:
             if not root.is_alive:
                 continue
             for call in root.calls.values():
-                _expect(call.is_over, f"{call} never ended; its task is {call.task}")
+                _expect(call.is_over, lambda: f"{call} never ended; its task is {call.task}")
         for vertex in self.world.vertices:
             if vertex.is_alive:
                 self.check_vertex(vertex)
@@ -256,7 +256,7 @@ class Checker:
                 "queue": list(session.queue), "busy": session.busy, "pinned": [q for q in session.pinned.values() if q],
                 "leases": [task for lane in session.lanes.values() for task in lane.leases.values()]}
         left = {name: what for name, what in left.items() if what}
-        _expect(not left, f"{vertex.name}: left at the end: {left}")
+        _expect(not left, lambda: f"{vertex.name}: left at the end: {left}")
 
     def check_empty(self) -> None:
         """After the sessions closed: no vertex remembers anything of them."""
@@ -265,11 +265,11 @@ class Checker:
                 scheduler = vertex.scheduler
                 left = [scheduler.sessions, scheduler._by_uplink, scheduler._lanes,
                         [worker for workers in vertex.pool.workers.values() for worker in workers]]
-                _expect(not any(left), f"{vertex.name}: left after all sessions closed: {left}")
+                _expect(not any(left), lambda: f"{vertex.name}: left after all sessions closed: {left}")
 
 
-def _expect(holds: bool, otherwise: str) -> None:
+def _expect(holds: bool, otherwise: Callable[[], str]) -> None:
     if not holds:
-        raise Violation(otherwise)
+        raise Violation(otherwise())
 
 

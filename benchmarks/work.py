@@ -1,0 +1,41 @@
+"""The tasks that are measured. Every contender's workers import this module."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+_result: Any = None
+
+
+def nothing(x: object = None) -> None:
+    """Do nothing."""
+
+
+def sleep(seconds: float) -> None:
+    """Sleep."""
+    time.sleep(seconds)
+
+
+def hold(path: str) -> int:
+    """Occupy a worker until the file is gone."""
+    while Path(path).exists():
+        time.sleep(0.01)
+    return os.getpid()
+
+
+def first_byte(array: Any) -> int:
+    """Take a large argument."""
+    return int(array[0])
+
+
+def large_result(size_bytes: int, first: int) -> Any:
+    """Return a large array that is made once and then changed in one place, so that only its transport costs."""
+    global _result
+    if _result is None or len(_result) != size_bytes:
+        import numpy
+        _result = numpy.ones(size_bytes, dtype="u1")
+    _result[0] = first
+    return _result

@@ -1,0 +1,108 @@
+"""Laws of the outbox: what waits, for how long, and in what order it goes."""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distexec.messages import BlobRef, Outcome, OutcomeKind, Segment
+from distexec.outbox import FDS_PER_FRAME, QUICK_NS, Outbox, RunTimes
+
+
+class FakeLink:
+    """Remembers what was sent, a list a frame."""
+
+    def __init__(self) -> None:
+        self.frames: list[list[Any]] = []
+        self.fds: list[int] = []
+        self.sent = threading.Event()
+
+    def send(self, messages: list[Any], fds: list[int] = ()) -> None:  # type: ignore[assignment]
+        """Take a frame."""
+        self.frames.append(messages)
+        self.fds.append(len(fds))
+        self.sent.set()
+
+
+def outcome(seq: int, data: bytes = b"") -> Outcome:
+    """An outcome of task `seq`."""
+    return Outcome(1, seq, 1, OutcomeKind.VALUE, data, 1)
+
+
+@given(st.lists(st.integers(0, 2 * QUICK_NS), max_size=100))
+def test_quick_means_the_last_sixteen_were(times: list[int]) -> None:
+    """A function is quick if its last 32 tasks were, not if one of its last 16 was not, and unknown is not quick."""
+    run_times = RunTimes()
+    assert not run_times.is_quick
+    for count, each in enumerate(times, 1):
+        run_times.add(each)
+        if any(late > QUICK_NS for late in times[max(0, count - 16):count]):
+            assert not run_times.is_quick
+        if all(late <= QUICK_NS for late in times[max(0, count - 32):count]):
+            assert run_times.is_quick
+
+
+def test_flush_sends_one_frame_in_order() -> None:
+    """Whatever waits goes in one frame, in the order it was added; an empty outbox sends nothing."""
+    link = FakeLink()
+    outbox = Outbox(link)  # type: ignore[arg-type]
+    messages = [outcome(seq) for seq in range(5)]
+    for message in messages:
+        outbox.append(message)
+    outbox.flush()
+    outbox.flush()
+    assert link.frames == [messages]
+
+
+def test_large_outcomes_are_sent_early() -> None:
+    """More than a megabyte does not wait for the end of the batch."""
+    link = FakeLink()
+    outbox = Outbox(link)  # type: ignore[arg-type]
+    outbox.append_large(outcome(1, bytes(600_000)), [])
+    assert not link.frames
+    outbox.append_large(outcome(2, bytes(600_000)), [])
+    assert [message.seq for message in link.frames[0]] == [1, 2]
+
+
+def test_segments_go_before_their_outcome() -> None:
+    """Descriptors go with the frame of their announcement, no frame carries too many, and all are closed afterwards."""
+    link = FakeLink()
+    outbox = Outbox(link)  # type: ignore[arg-type]
+    fds = [os.open(os.devnull, os.O_RDONLY) for _ in range(FDS_PER_FRAME + 3)]
+    segments = [(Segment(BlobRef(bytes([number]) * 16, 1), number, 0), fd) for number, fd in enumerate(fds)]
+    outbox.append_large(outcome(1), segments)
+    outbox.flush()
+    assert [message for frame in link.frames for message in frame] == [segment for segment, _ in segments] + [outcome(1)]
+    assert link.fds == [FDS_PER_FRAME, 3]
+    assert not any(os.path.exists(f"/proc/self/fd/{fd}") for fd in fds)
+
+
+def test_flusher_sends_what_waits_too_long() -> None:
+    """Without anybody calling flush, an armed flusher sends."""
+    link = FakeLink()
+    outbox = Outbox(link)  # type: ignore[arg-type]
+    outbox.append(outcome(1))
+    outbox.flusher.arm()
+    assert link.sent.wait(10)
+    outbox.flusher.join()
+    assert link.frames == [[outcome(1)]]
+
+
+def test_joined_flusher_leaves_no_thread_and_can_start_again() -> None:
+    """After join the system knows one thread less; arming starts the flusher anew."""
+    link = FakeLink()
+    outbox = Outbox(link)  # type: ignore[arg-type]
+    before = len(os.listdir("/proc/self/task"))
+    for _ in range(50):
+        link.sent.clear()
+        outbox.append(outcome(1))
+        outbox.flusher.arm()
+        assert len(os.listdir("/proc/self/task")) == before + 1
+        assert link.sent.wait(10)
+        outbox.flusher.join()
+        assert len(os.listdir("/proc/self/task")) == before
+    assert not outbox.flusher.is_armed

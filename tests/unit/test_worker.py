@@ -1,0 +1,46 @@
+"""Laws of the page that a worker shares with its pool."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from distexec.worker import PAGE_BYTES, WorkerPage, shared_file
+
+
+@pytest.fixture
+def pages() -> tuple[WorkerPage, WorkerPage]:
+    """The same page as the pool and as the worker see it."""
+    fd = shared_file()
+    os.ftruncate(fd, PAGE_BYTES)
+    both = WorkerPage(fd), WorkerPage(fd)
+    os.close(fd)
+    return both
+
+
+def test_pool_sees_what_started(pages: tuple[WorkerPage, WorkerPage]) -> None:
+    """The pool reads the order of the task begun last, and when; 0 before the first."""
+    pool, worker = pages
+    assert pool.started == 0
+    assert worker.begin(1, 1000)
+    assert worker.begin(2, 2000)
+    assert (pool.started, pool.started_at_ns) == (2, 2000)
+
+
+def test_only_revoked_orders_are_refused(pages: tuple[WorkerPage, WorkerPage]) -> None:
+    """A revocation stops its orders, those and no others, until another replaces it."""
+    pool, worker = pages
+    pool.revoke(2, 3)
+    assert [worker.begin(order, 0) for order in (1, 2, 3, 4)] == [True, False, False, True]
+    pool.revoke(6, 6)
+    assert [worker.begin(order, 0) for order in (5, 6, 7)] == [True, False, True]
+
+
+def test_closed_page_stops_the_worker(pages: tuple[WorkerPage, WorkerPage]) -> None:
+    """A process that closed the page cannot begin a task."""
+    _, worker = pages
+    worker.close()
+    worker.close()
+    with pytest.raises(ValueError, match="released"):
+        worker.begin(1, 0)
