@@ -1,4 +1,4 @@
-"""Who is compared. A contender makes something with `submit`, `map` and `close`, with two workers unless told otherwise."""
+"""Who is compared. A contender makes something with `submit`, `map` and `close`; two workers unless told otherwise."""
 
 from __future__ import annotations
 

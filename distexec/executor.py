@@ -25,6 +25,7 @@ from .errors import WorkerLost
 from .future import ClusterFuture
 from .mapping import Submissions, run_chunk
 from .messages import MAX_INLINE_BYTES, Options, SessionSpec
+from .payload import CallPacker
 from .report import ClusterStatus, NodeStatus
 from .root import LOCAL, Root
 
@@ -103,10 +104,11 @@ class _Submitter(Executor):
         retries = self._root.retries if self._options.retries is None else self._options.retries
         travels = self._options.for_task(retries)
         if chunksize > 1 and travels is None:
-            chunks = iter(lambda: tuple(itertools.islice(items, chunksize)), ())
+            size = chunksize if buffersize is None else min(chunksize, max(1, buffersize // 2))
+            chunks = iter(lambda: tuple(itertools.islice(items, size)), ())
             once = partial(_submit_calls, weakref.ref(self), self._root, run_chunk, Options(solo=True), 0)
             again = partial(_submit_calls, weakref.ref(self), self._root, fn, None, retries)
-            ahead = None if buffersize is None else max(1, buffersize // chunksize)
+            ahead = None if buffersize is None else buffersize // size
             return Submissions(once, ((fn, chunk) for chunk in chunks), ahead).chunk_results(deadline, ordered, again)
         submit = partial(_submit_calls, weakref.ref(self), self._root, fn, travels, retries)
         return Submissions(submit, items, buffersize).results(deadline, ordered)
@@ -189,9 +191,10 @@ class ClusterExecutor(_Submitter):
         for _, resolve_now in targets:
             resolve_now()
         slots = _local_slots(specs, None if remote else max_workers) if is_local else 0
-        plan = _PoolPlan(mp_context, initializer, initargs, is_remote_too=bool(remote))
+        packer = CallPacker()
+        plan = _PoolPlan(packer, mp_context, initializer, initargs, is_remote_too=bool(remote))
         self._root = Root(
-            name=self._name, spec=plan.spec(env, max_tasks_per_child or 0, echo, self._name), slots=slots,
+            name=self._name, packer=packer, spec=plan.spec(env, max_tasks_per_child or 0, echo, self._name), slots=slots,
             ceiling=max_workers or 0 if remote else 0, retries=retries, node_timeout_s=float(node_timeout),
             nodes_timeout_s=nodes_timeout, max_pending=max_pending, credentials=credentials,
             make_pool=plan.make_pool if is_local else None)
@@ -417,8 +420,9 @@ def _credentials(secret: str | bytes | None, name: str, *, required: bool) -> Cr
 class _PoolPlan:
     """How this session's workers are prepared, here and on nodes."""
 
-    def __init__(self, context: BaseContext | None, initializer: Callable[..., object] | None, initargs: tuple[Any, ...],
-                 *, is_remote_too: bool) -> None:
+    def __init__(self, packer: CallPacker, context: BaseContext | None, initializer: Callable[..., object] | None,
+                 initargs: tuple[Any, ...], *, is_remote_too: bool) -> None:
+        self._packer = packer  # the session's, which keeps account of the globals of __main__ that workers were sent
         self._context = context
         self._initializer: tuple[Callable[..., object], tuple[Any, ...]] | None = None
         self._packed: tuple[bytes, list[memoryview]] = (b"", [])
@@ -429,10 +433,9 @@ class _PoolPlan:
             self._pack(is_remote_too)
 
     def _pack(self, is_remote_too: bool) -> None:
-        from .payload import CallPacker
         assert self._initializer is not None
         try:
-            self._packed = CallPacker().pack_call(self._initializer, {})
+            self._packed = self._packer.pack_call(self._initializer, {})
         except RuntimeError as error:
             if "inheritance" not in str(error):
                 raise
@@ -464,7 +467,6 @@ class _PoolPlan:
 
 
 def _can_travel(value: object) -> bool:
-    from .payload import CallPacker
     try:
         CallPacker().pack_call((value,), {})
     except RuntimeError:

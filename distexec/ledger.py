@@ -287,7 +287,7 @@ class Lane:
 class Session:
     """One executor's tenancy at one vertex."""
 
-    __slots__ = ("busy", "ceiling", "closing", "code", "estimates", "failed", "failure", "free", "granted", "id", "lanes",
+    __slots__ = ("busy", "capped", "ceiling", "closing", "code", "estimates", "failed", "failure", "free", "granted", "id", "lanes",
                  "limited", "no", "opened", "orphaned_at", "peak", "peak_at", "pinned", "queue", "reconciling", "served", "served_at",
                  "starting", "tasks", "told", "unacked", "uplink_no", "upstream", "waiting", "want", "weight", "workers")
 
@@ -321,6 +321,7 @@ class Session:
         self.reconciling = False  # `Held` was said; outcomes and offers wait for `Resume`
         self.orphaned_at: float | None = None
         self.closing = False
+        self.capped = False  # a node may be used more as soon as others are used less
         self.limited = False  # some task of it has had a time limit
         self.failed = False  # no more workers can be had here
         self.failure: SessionFailed | None = None  # why; said upward once nothing runs here any more

@@ -6,6 +6,7 @@ A payload that relies on `__main__` is a *bundle*: definitions of globals, then 
 
 A session has one `__main__` on each worker. The rule: a definition is applied if its name is unbound there, or if the
 client changed it since the version that this worker has. So what an initializer or a task sets stays as they set it.
+A global that cannot be sent or rebuilt stays unbound, and is an error only for a task that looks it up.
 
 The second half of the module is what pickles made by `byvalue` call, by name, to rebuild functions, cells and classes.
 """
@@ -21,7 +22,7 @@ import pickle
 import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FunctionType, ModuleType
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
@@ -85,7 +86,7 @@ class MainModule:
     def __init__(self) -> None:
         self._displaced: ModuleType | None = None  # kept, because an unreferenced module's globals are cleared
         self._versions: dict[str, int] = {}
-        self._problems: dict[str, str] = {}  # globals that could not be sent, and why
+        self._problems: dict[str, pickle.PickleError] = {}  # globals that are missing here, and why
         self._pending: dict[str, tuple[Definition, Sequence[Buffer]]] = {}
         self._bound: set[str] = set()  # the pending ones that exist already, though perhaps half made
         self._depths: dict[str, int] = {}  # how often each is being loaded, one inside the other
@@ -109,10 +110,17 @@ class MainModule:
         start = self._note(map(Definition._make, definitions), buffers)
         try:
             while self._pending:
-                self._define(next(iter(self._pending)))
+                with suppress(pickle.UnpicklingError):  # noted in _problems; who uses it is told
+                    self._define(next(iter(self._pending)))
         finally:
             self._pending, self._bound, self._depths = {}, set(), {}
-        return pickle.loads(data, buffers=buffers[start:])
+        try:
+            return pickle.loads(data, buffers=buffers[start:])
+        except AttributeError as error:
+            for name, problem in self._problems.items():
+                if f"'{name}'" in str(error):
+                    raise problem from error
+            raise
 
     def _note(self, definitions: Iterator[Definition], buffers: Sequence[Buffer]) -> int:
         """Choose the definitions that this `__main__` needs; give the number of buffers that belong to all of them."""
@@ -128,23 +136,29 @@ class MainModule:
             if definition.data is not None:
                 self._pending[name] = definition, own
             else:
-                namespace.pop(name, None)  # a stale value would be worse than none
-                self._problems[name] = definition.problem
+                self._do_without(name, pickle.PicklingError(definition.problem))
                 self._versions[name] = max(version, known)
         return start
+
+    def _do_without(self, name: str, problem: pickle.PickleError) -> None:
+        main_globals().pop(name, None)  # a stale value would be worse than none
+        self._pending.pop(name, None)
+        self._problems[name] = problem
 
     def _define(self, name: str) -> None:
         definition, buffers = self._pending[name]
         assert definition.data is not None
         depth = self._depths.get(name, 0)
-        if depth > 1:
-            raise pickle.UnpicklingError(f"global {name!r} of __main__ is needed to make itself")
         self._depths[name] = depth + 1
         try:
+            if depth > 1:
+                raise RecursionError("it is needed to make itself")
             value = _DefinitionUnpickler(self, definition.data, buffers).load()
         except Exception as error:
-            raise pickle.UnpicklingError(
-                f"global {name!r} of __main__ could not be rebuilt: {type(error).__name__}: {error}") from error
+            problem = pickle.UnpicklingError(
+                f"global {name!r} of __main__ could not be rebuilt: {type(error).__name__}: {error}")
+            self._do_without(name, problem)
+            raise problem from error
         finally:
             self._depths[name] = depth
         main_globals()[name] = value
@@ -160,6 +174,8 @@ class MainModule:
         """
         if name in self._pending and name not in self._bound:
             self._define(name)
+        if name in self._problems and name not in main_globals():
+            raise self._problems[name]
 
     def bind(self, name: str, make: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         """Called by definitions: make a function or class and let it be found at once, before it is complete."""
@@ -168,10 +184,10 @@ class MainModule:
         return value
 
     def explain(self, exc: BaseException) -> BaseException:
-        """Give the exception to report for `exc`: another one when the reason is a global that could not be sent."""
+        """Give the exception to report for `exc`: another one when the reason is a global that is missing here."""
         name = exc.name if isinstance(exc, NameError) else None
         if name in self._problems and name not in main_globals():
-            return pickle.PicklingError(self._problems[name])
+            return self._problems[name]
         return exc
 
 

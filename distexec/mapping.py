@@ -42,8 +42,10 @@ class Submissions:
         self._submit = submit
         self._calls = calls
         self._pending: deque[Future[Any]] = deque()
+        self._ended: deque[Future[Any]] | None = None  # those of `_pending` that have, where that is the order wanted
         self._sent: dict[Future[Any], Call] | None = None  # by future, the calls that may have to be made again
-        self._left = buffersize is not None  # more may have to be submitted later
+        self._waiting = 0  # submitted and not taken
+        self._has_more = buffersize is not None  # calls may be left to be submitted later
         self._buffersize = buffersize
 
     def _begin(self) -> None:
@@ -58,86 +60,80 @@ class Submissions:
         batch = list(itertools.islice(self._calls, count))
         futures = self._submit(batch) if batch else None
         if futures is None:
-            self._left = False
+            self._has_more = False
             return False
         self._pending.extend(futures)
+        self._waiting += len(futures)
         if self._sent is not None:
             self._sent.update(zip(futures, batch, strict=True))
+        if self._ended is not None:
+            for future in futures:
+                future.add_done_callback(self._ended.append)
         return len(batch) == count
+
+    def _refill(self) -> None:
+        if self._has_more:
+            self._add(1)
+
+    def _next(self, deadline: float | None) -> Future[Any]:
+        """Take the future whose result is to be yielded next."""
+        self._waiting -= 1
+        if self._ended is None:
+            return self._pending.popleft()
+        if len(self._pending) > 2 * self._waiting + BATCH:
+            self._pending = deque(future for future in self._pending if not future.done())
+        if not self._ended:
+            left_s = None if deadline is None else max(0.0, deadline - time.monotonic())
+            wait([future for future in self._pending if not future.done()], left_s, "FIRST_COMPLETED")
+        if not self._ended:
+            raise TimeoutError(f"{self._waiting + 1} results of map() were not there in time")
+        return self._ended.popleft()
 
     def results(self, deadline: float | None, ordered: bool) -> Generator[Any, None, None]:
         """Submit, now, and return an iterator over the results."""
+        self._ended = None if ordered else deque()
         self._begin()
-        return self._in_order(deadline) if ordered else self._as_completed(deadline)
+        return self._items(deadline)
 
-    def _in_order(self, deadline: float | None) -> Generator[Any, None, None]:
+    def _items(self, deadline: float | None) -> Generator[Any, None, None]:
         try:
-            while self._pending:
-                if self._left:
-                    self._add(1)
+            while self._waiting:
+                self._refill()
                 # No reference to the future may stay behind: it holds its result.
                 if deadline is None:
-                    yield _result_or_cancel(self._pending.popleft())
+                    yield _result_or_cancel(self._next(None))
                 else:
-                    yield _result_or_cancel(self._pending.popleft(), deadline - time.monotonic())
+                    yield _result_or_cancel(self._next(deadline), deadline - time.monotonic())
         finally:
             self._cancel()
 
-    def _as_completed(self, deadline: float | None) -> Generator[Any, None, None]:
-        for future in self._futures_as_completed(deadline):
-            yield future.result()
-
-    def _futures_as_completed(self, deadline: float | None) -> Generator[Future[Any], None, None]:
-        done: deque[Future[Any]] = deque()
-        for future in self._pending:
-            future.add_done_callback(done.append)
-        waiting = len(self._pending)
-        try:
-            while waiting:
-                if self._left and self._add(1):
-                    self._pending[-1].add_done_callback(done.append)
-                    waiting += 1
-                if not done:
-                    left_s = None if deadline is None else max(0.0, deadline - time.monotonic())
-                    wait([future for future in self._pending if not future.done()], left_s, "FIRST_COMPLETED")
-                if not done:
-                    raise TimeoutError(f"{waiting} results of map() were not there in time")
-                waiting -= 1
-                if len(self._pending) > 2 * waiting + BATCH:
-                    self._pending = deque(future for future in self._pending if not future.done())
-                yield done.popleft()
-        finally:
-            self._cancel()
-
-    def chunk_results(self, deadline: float | None, ordered: bool, again: Submit) -> Iterator[Any]:
+    def chunk_results(self, deadline: float | None, ordered: bool, again: Submit) -> Generator[Any, None, None]:
         """Submit, now, and return an iterator over the items' results of calls that are `run_chunk`'s.
 
         A chunk whose worker died is made again item by item, with `again`: the other items do not pay for one's death.
         """
+        self._ended = None if ordered else deque()
         self._sent = {}
         self._begin()
-        return self._chunks(self._futures_as_completed(deadline), deadline, again, ordered) if not ordered else (
-            self._chunks(iter(self._next_pending, None), deadline, again, ordered))
+        return self._chunks(deadline, ordered, again)
 
-    def _next_pending(self) -> Future[Any] | None:
-        if self._left:
-            self._add(1)
-        return self._pending.popleft() if self._pending else None
-
-    def _chunks(self, futures: Iterator[Future[Any]], deadline: float | None, again: Submit,
-                ordered: bool) -> Generator[Any, None, None]:
+    def _chunks(self, deadline: float | None, ordered: bool, again: Submit) -> Generator[Any, None, None]:
         from .errors import WorkerLost
         assert self._sent is not None
         try:
-            for future in futures:
+            while self._waiting:
+                future = self._next(deadline)
                 _fn, chunk = self._sent.pop(future)
                 left_s = None if deadline is None else deadline - time.monotonic()
                 try:
                     values, error = _result_or_cancel(future, left_s)
                 except WorkerLost:
-                    yield from Submissions(again, iter(chunk), None).results(deadline, ordered)
-                    continue
-                yield from values
+                    values, error = Submissions(again, iter(chunk), None).results(deadline, ordered), None
+                del future
+                for number, value in enumerate(values, 1):
+                    if number == len(chunk):
+                        self._refill()  # with its last item a chunk makes room for another
+                    yield value
                 if error is not None:
                     raise error
         finally:

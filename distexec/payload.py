@@ -15,7 +15,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable, Sequence
 from types import BuiltinFunctionType, FunctionType, ModuleType, TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from distexec import mainmodule
 from distexec.mainmodule import PROTOCOL, Buffer, digest, keep_large
@@ -33,7 +33,7 @@ Larger: that many functions of the user's are kept alive."""
 _MAIN = b"_main__"  # in `__main__` and `__mp_main__`, what multiprocessing calls it in a spawned child
 _dumps = pickle.dumps
 _loads = pickle.loads
-_NONE = _dumps(None, PROTOCOL)
+_NO_ARGS = _dumps((), PROTOCOL)
 _VALUE = OutcomeKind.VALUE
 _PLAIN = frozenset((type(None), bool, int, float, str, bytes))  # without buffers, and without ways to fail
 
@@ -45,10 +45,11 @@ class CallPacker:
     what they capture may have changed; while it has not, they give the same bytes and so the same key.
     """
 
+    _definitions: Definitions | None = None
+
     def __init__(self) -> None:
         # id(fn) -> (fn, packed, key); the reference to fn keeps its id from being used again.
         self._by_reference: dict[int, tuple[object, tuple[bytes, list[memoryview], bytes]]] = {}
-        self._definitions: Definitions | None = None
 
     def pack_function(self, fn: Callable[..., Any]) -> tuple[bytes, list[memoryview], bytes]:
         """Give the pickle of a callable, its buffers, and a key that is equal whenever those are equal.
@@ -81,6 +82,8 @@ class CallPacker:
         Raises what pickling raises, with its own type.
         """
         if not kwargs:
+            if not args:
+                return _NO_ARGS, []
             for value in args:
                 if type(value) not in _PLAIN:
                     break
@@ -136,7 +139,8 @@ class CallPacker:
         if self._definitions is None:
             from distexec.definitions import Definitions
 
-            self._definitions = Definitions()
+            # One, however many threads come here at once.
+            return cast("Definitions", vars(self).setdefault("_definitions", Definitions()))
         return self._definitions
 
 

@@ -11,12 +11,14 @@ owner is called on the I/O thread. After `close` no process, descriptor or share
 from __future__ import annotations
 
 import fcntl
+import logging
 import mmap
 import os
 import socket
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from multiprocessing.context import BaseContext
 from typing import Any, Protocol, cast
 
@@ -47,6 +49,9 @@ from distexec.worker import PAGE_BYTES, WorkerPage, shared_file
 FORCE_S = 1.0
 """For a worker that closed its link to end. Longer: a slot is missing so long. Shorter: a core dump may be cut off."""
 
+PATIENCE_S = 15.0
+"""For the system to end what was killed. Shorter: a busy machine is taken for a broken one."""
+
 LIVE_S = 0.1
 """Between two looks at what running tasks print."""
 
@@ -59,6 +64,7 @@ TAIL_BYTES = 4096
 SPENT_BYTES = 1 << 20
 """Of output already read, after which its memory is given back."""
 
+_log = logging.getLogger("distexec")
 _PLAIN = {Outcome, Returned}
 
 
@@ -169,12 +175,17 @@ class Worker:
 class _Output:
     """What one worker prints, and which of its tasks printed it.
 
-    Both streams are files in memory that only grow. An outcome says where they ended after its task, so what lies before
+    Both streams are files in memory that only grow. An outcome says where they ended after its task: what lies before
     belongs to that task. Beyond lies what the oldest unanswered task printed, and perhaps those after it.
     """
 
     def __init__(self) -> None:
-        self.fds = (_append_only(), _append_only())
+        out = _append_only()
+        try:
+            self.fds = (out, _append_only())
+        except OSError:
+            os.close(out)
+            raise
         self._read = [0, 0]
         self._spent = [0, 0]
         self._seqs: deque[int] = deque()  # of the Runs queued and not answered, in order
@@ -251,6 +262,10 @@ class _Output:
 
 
 Piece = tuple[int, Stream, bytes]  # of output: the task, where to, what
+
+
+def _no_descriptors(error: OSError) -> str:
+    return f"no descriptors for another worker: {error}; raise the limit of open files (ulimit -n)"
 
 
 def _append_only() -> int:
@@ -331,8 +346,8 @@ class Pool:
         Returns when nothing is left, unless called on the I/O thread, where it only begins.
         """
         self._loop.run_here(self._begin_close, timeout_s)
-        if not self._loop.is_current():
-            self._is_closed.wait()
+        if not self._loop.is_current() and not self._is_closed.wait(timeout_s + PATIENCE_S):
+            _log.warning("distexec: %r could not be closed in time: a process that not even SIGKILL ends?", self)
 
     def terminate(self) -> None:
         """Kill every worker now, and go; as `close` otherwise."""
@@ -350,28 +365,29 @@ class Pool:
             return
         self._numbers += 1
         number = self._numbers
-        fds: list[int] = []
-        try:
-            fds.append(shared_file())
-            os.ftruncate(fds[0], PAGE_BYTES)
-            output = _Output() if self._captures else None
-            worker = Worker(number, self._store, WorkerPage(fds[0]), output, self._watch_output)
-            ours, theirs = socket.socketpair()
-        except OSError as error:
-            reason = f"no descriptors for another worker: {error}; raise the limit of open files (ulimit -n)"
-            self._owner.start_failed(Evidence(self._node, reason=reason), b"")
-            for fd in fds:
-                os.close(fd)
-            return
-        worker.link = self._loop.adopt(
-            ours, cast("Any", FromWorker), lambda _, messages: self._on_messages(worker, messages),
-            lambda _, reason: self._on_closed(worker), fds=True)
-        self._workers[number] = worker
-        try:
-            self._starter.start(number, theirs, fds[0], output.fds if output else None)
-        finally:
-            theirs.close()
-            os.close(fds[0])
+        with ExitStack() as at_end, ExitStack() as on_error:
+            try:
+                page_fd = shared_file()
+                at_end.callback(os.close, page_fd)
+                os.ftruncate(page_fd, PAGE_BYTES)
+                page = WorkerPage(page_fd)
+                output = _Output() if self._captures else None
+                if output is not None:
+                    on_error.callback(output.close)
+                ours, theirs = socket.socketpair()
+            except OSError as error:
+                self._owner.start_failed(Evidence(self._node, reason=_no_descriptors(error)), b"")
+                return
+            on_error.pop_all()
+            at_end.enter_context(theirs)
+            worker = self._workers[number] = Worker(number, self._store, page, output, self._watch_output)
+            worker.link = self._loop.adopt(
+                ours, cast("Any", FromWorker), lambda _, messages: self._on_messages(worker, messages),
+                lambda _, reason: self._on_closed(worker), fds=True)
+            try:
+                self._starter.start(number, theirs, page_fd, output.fds if output else None)
+            except OSError as error:
+                self._on_died(number, Exit(reason=_no_descriptors(error)))
 
     def _on_born(self, number: int, pid: int) -> None:
         self._workers[number].pid = pid

@@ -75,13 +75,13 @@ _is_exiting = False
 class Root:
     """Owns the tasks of one executor. Any thread may call it."""
 
-    def __init__(self, *, name: str, spec: SessionSpec, slots: int, ceiling: int, retries: int, node_timeout_s: float,
+    def __init__(self, *, name: str, packer: CallPacker, spec: SessionSpec, slots: int, ceiling: int, retries: int, node_timeout_s: float,
                  nodes_timeout_s: float | None, max_pending: int | None, credentials: Credentials | None,
                  make_pool: Callable[[Root], Pool] | None) -> None:
         self.name = name
         self.retries = retries
         self.loop = Loop("distexec-io")
-        self.packer = CallPacker()
+        self.packer = packer
         self.store = BlobStore(arena_closed=self._on_arena_closed)
         self.scheduler = Scheduler(slots, LOCAL, node_timeout_s=node_timeout_s, claim=_claim)
         self.dispatcher = Dispatcher(self.loop, self.scheduler, on_ended=self._on_ended, on_failure=self._on_failure)
@@ -256,7 +256,7 @@ class Root:
             definition = self._functions.get(key) or self._define(key, code, code_buffers)
             if views or len(data) > MAX_INLINE_BYTES:
                 return definition, *self._put_by(data, views)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # what a user's __reduce__ raises is the call's failure, not the program's
             if self._room is not None:
                 self._room.release()
             future.conclude(None, error)

@@ -151,7 +151,7 @@ class Scheduler:
         session.closing = True
         left = list(session.tasks.values())
         for lane in list(session.lanes.values()):
-            if not lane.is_worker and lane.state is not LaneState.SUSPENDED:
+            if not lane.is_worker and lane.peer in self._nodes:
                 self._place.out.append((lane.peer, Close(session.no)))
             self._drop_lane(lane)
         session.tasks.clear()
@@ -253,7 +253,6 @@ class Scheduler:
     def node_lost(self, peer: Peer, evidence: Evidence, now: float) -> None:
         """Learn that a node is dead: what it had may have been running, so that is charged and runs elsewhere."""
         self._nodes.pop(peer, None)
-        self._drained.discard(peer)
         for session in list(self.sessions):
             lane = session.lanes.get(peer)
             if lane is not None:
@@ -545,6 +544,7 @@ class Scheduler:
         ack = [seq for seq, attempt in message.outcomes if not self._is_held_for(lane, seq, attempt)]
         self._place.out.append((peer, Resume(lane.session.no, drop, ack)))
         self._resume_lane(lane)
+        self._touched[lane.session] = None
         for task in list(lane.leases.values()):
             if task.doom is not None:
                 self._place.out.append((peer, Kill(lane.session.no, task.run.seq, task.run.attempt)))
@@ -727,13 +727,13 @@ class Scheduler:
             self._place.give_back(session, session.unleased())
 
     def _cap(self, session: Session, now: float) -> None:
-        """Use no more of the offered slots than the session's ceiling, in the order in which the nodes came."""
-        left = session.ceiling - session.granted if session.ceiling else 1 << 60
-        for lane in session.lanes.values():
-            if not lane.is_worker:
-                lane.slots = max(0, min(lane.offered, lane.limit, left))
-                left -= lane.slots
-                self._place.reindex(lane)
+        """Use no more of the offered slots than the session's ceiling, first on nodes that tasks must go to."""
+        nodes = [lane for lane in session.lanes.values() if not lane.is_worker]
+        if session.pinned and session.ceiling:
+            nodes.sort(key=lambda lane: lane.name not in session.pinned)
+        shares.cap(session, nodes)
+        for lane in nodes:
+            self._place.reindex(lane)
         self._offer(session)
         self._place.fill(session)
 
@@ -747,15 +747,16 @@ class Scheduler:
     def needs_tick(self) -> bool:
         """Say whether `tick` has anything to look at within milliseconds."""
         for session in self.sessions:
-            if session.limited and session.busy:
+            if session.capped or (session.limited and session.busy):
                 return True
             if len(session.tasks) <= session.busy:
                 continue  # no worker has anything behind what it runs
             if session.busy and any(len(lane.leases) > 1 for lane in session.lanes.values() if lane.is_worker):
                 return True
-            if session.free and not session.queue.count and len(session.lanes) > session.workers:
+            if session.free and not session.queue.count and len(session.lanes) > session.workers and any(
+                    len(lane.leases) > lane.slots for lane in session.lanes.values() if not lane.is_worker):
                 return True
-        return len(self.sessions) > 1
+        return len(self.sessions) > 1 and any(session.tasks or session.want for session in self.sessions)
 
     def tick(self, now: float, progress: Mapping[Peer, tuple[int, float]] | None = None) -> None:
         """Let time pass: `progress` gives, for each watched worker, the order it began last and since how long (s)."""
@@ -769,6 +770,9 @@ class Scheduler:
             if len(session.lanes) > session.workers:
                 self._end_silent(session, now)
                 self._place.recall_for_idle(session, now)
+                if session.ceiling and (session.capped or session.pinned):
+                    self._share(now)
+                    self._cap(session, now)
         if len(self.sessions) > 1:
             self._share(now)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .ledger import Session
+from .ledger import Lane, Session
 
 TURN_S = 0.1
 """How long a slot that cannot be divided stays with one session. Smaller: more tasks are handed back and forth. Larger: with
@@ -33,7 +33,7 @@ def targets(slots: int, sessions: Sequence[Session], now: float) -> dict[Session
     shares = dict.fromkeys(sessions, 0)
     if len(sessions) == 1:
         only = sessions[0]
-        shares[only] = min(slots, only.ceiling or slots)
+        shares[only] = min(slots, _ceiling(only) if only.ceiling else slots)
         return shares
     wanted = {session: demand(session, slots, now) for session in sessions}
     _settle_up(sessions, wanted, now)
@@ -47,6 +47,13 @@ def targets(slots: int, sessions: Sequence[Session], now: float) -> dict[Session
     return shares
 
 
+def _ceiling(session: Session) -> int:
+    """Tell how many of our own slots the session may use at most: one less while a task waits for a node below."""
+    if session.pinned and any(not lane.is_worker and lane.name in session.pinned for lane in session.lanes.values()):
+        return session.ceiling - 1
+    return session.ceiling
+
+
 def _settle_up(sessions: Sequence[Session], wanted: dict[Session, int], now: float) -> None:
     """Note what each session had since the last time; who wants nothing saves nothing up."""
     for session in sessions:
@@ -58,11 +65,38 @@ def _settle_up(sessions: Sequence[Session], wanted: dict[Session, int], now: flo
             session.served = max(session.served, least)
 
 
+def cap(session: Session, nodes: Sequence[Lane]) -> None:
+    """Use no more of the slots that nodes offer than the session's ceiling, earlier nodes first; sets `slots` and `capped`."""
+    usable = {lane: min(lane.offered, lane.limit) for lane in nodes}
+    session.capped = False
+    if not session.ceiling:
+        for lane in nodes:
+            lane.slots = usable[lane]
+        return
+    left = spare = session.ceiling - max(session.granted, session.busy)
+    aims = {}
+    for lane in nodes:
+        aims[lane] = max(0, min(usable[lane], left))
+        left -= aims[lane]
+        lane.slots = min(lane.slots, aims[lane])
+        spare -= max(lane.slots, min(len(lane.leases), lane.offered))
+    for lane in nodes:
+        held = max(lane.slots, min(len(lane.leases), lane.offered))
+        slots = min(aims[lane], held + max(0, spare))
+        spare -= max(0, slots - held)
+        lane.slots = max(lane.slots, slots)
+        session.capped |= lane.slots < aims[lane]
+
+
 def regrant(slots: int, sessions: Sequence[Session], aims: dict[Session, int]) -> list[Session]:
     """Move what each session is granted towards its aim: down at once, up as slots come free. Gives those that grew."""
     for session in sessions:
         session.granted = min(session.granted, aims.get(session, 0))
     spare = slots - sum(max(session.granted, session.busy) for session in sessions)
+    for session in sessions if spare < 0 else ():  # the slots became fewer: nobody begins on one that another still uses
+        excess = min(-spare, max(0, session.granted - session.busy))
+        session.granted -= excess
+        spare += excess
     grown = []
     for session in sessions:
         held = max(session.granted, session.busy)

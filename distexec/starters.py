@@ -9,8 +9,10 @@ know them, and nothing that a starter started outlives its `close`. All methods 
 
 from __future__ import annotations
 
+import fcntl
 import os
 import select
+import signal
 import socket
 import subprocess
 import sys
@@ -47,7 +49,7 @@ class Starter(Protocol):
     """What a pool needs of either kind."""
 
     def start(self, number: int, link: socket.socket, page_fd: int, outputs: tuple[int, int] | None) -> None:
-        """Start worker `number`; the descriptors remain the caller's."""
+        """Start worker `number`; the descriptors remain the caller's. OSError if they cannot be passed on."""
 
     def end(self, number: int) -> None:
         """Kill worker `number` and all that descends from it."""
@@ -82,8 +84,8 @@ class TemplateStarter:
             except OSError as error:
                 self._died(number, Exit(reason=f"no process for the session could be started: {error}"))
                 return
-        self._pids[number] = 0
         self._template.tell(template.Fork(number, outputs is not None), [link.fileno(), page_fd, *(outputs or ())])
+        self._pids[number] = 0
 
     def end(self, number: int) -> None:
         """Have the template kill the worker and its descendants."""
@@ -196,16 +198,23 @@ class ContextStarter:
         self._loop, self._context, self._initializer, self._born, self._died = loop, context, initializer, born, died
         self._environ = environment(spec) if spec.environ else {}
         self._processes: dict[int, Any] = {}
+        self._lifelines: dict[int, socket.socket] = {}
         self._exit_fds: dict[int, int] = {}
 
     def start(self, number: int, link: socket.socket, page_fd: int, outputs: tuple[int, int] | None) -> None:
         """Start the process; whatever pickling its arguments raises is reported as its death."""
         fds = [Descriptor(fd) for fd in (page_fd, *(outputs or ()))]
-        process = self._context.Process(  # type: ignore[attr-defined]
-            target=run_in_context, args=(link, fds, self._environ, self._initializer), name=f"distexec-worker-{number}")
         try:
-            process.start()
+            ours, theirs = socket.socketpair()
+            self._lifelines[number] = ours
+            _lifelines.add(ours)
+            with theirs:
+                process = self._context.Process(  # type: ignore[attr-defined]
+                    target=run_in_context, args=(link, theirs, fds, self._environ, self._initializer),
+                    name=f"distexec-worker-{number}")
+                process.start()
         except Exception as error:  # the user's objects may raise anything; start_failed tells whoever waits
+            self._cut(number)
             reason = f"the worker process could not be started: {type(error).__name__}: {error}"
             self._died(number, Exit(reason=reason, failure=payload.CallUnpacker().pack_error(error)))
             return
@@ -228,7 +237,14 @@ class ContextStarter:
             self.end(number)
         on_closed()
 
+    def _cut(self, number: int) -> None:
+        lifeline = self._lifelines.pop(number, None)
+        if lifeline is not None:
+            _lifelines.discard(lifeline)
+            lifeline.close()
+
     def _on_exit(self, number: int) -> None:
+        self._cut(number)
         process = self._processes.pop(number)
         exit_fd = self._exit_fds.pop(number, None)
         self._loop.unwatch(process.sentinel if exit_fd is None else exit_fd)
@@ -242,6 +258,32 @@ class ContextStarter:
 
 
 Call = tuple[Callable[..., object], tuple[Any, ...]]
+
+_lifelines: set[socket.socket] = set()
+"""This process's ends of its context workers' lifelines, all pools together."""
+
+
+def _let_go_in_child() -> None:
+    """In a forked child: the lifelines must break with the parent."""
+    while _lifelines:
+        _lifelines.pop().close()
+
+
+os.register_at_fork(after_in_child=_let_go_in_child)
+
+
+def die_with_client(lifeline: socket.socket) -> None:
+    """Have this process killed by the kernel, whatever it is doing, when the other end of the lifeline closes (Linux).
+
+    Not by PR_SET_PDEATHSIG: a process of the forkserver outlives the client together with its server.
+    """
+    if hasattr(fcntl, "F_SETSIG"):
+        fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
+    if select.select([lifeline], [], [], 0)[0]:  # it closed before
+        os._exit(1)
+    lifeline.detach()  # stays open for as long as we live
 
 
 class Descriptor:
@@ -260,10 +302,10 @@ class Descriptor:
         return Descriptor, (DupFd(self._fd),)
 
 
-def run_in_context(link: socket.socket, fds: list[Descriptor], environ: dict[str, str],
+def run_in_context(link: socket.socket, lifeline: socket.socket, fds: list[Descriptor], environ: dict[str, str],
                    initializer: Call | None) -> None:
     """Be a worker in a process that multiprocessing started; SystemExit if its initializer raised."""
-    template.die_with_parent(os.getppid())
+    die_with_client(lifeline)
     os.environ.update(environ)
     page_fd, *outputs = [each.take() for each in fds]
 

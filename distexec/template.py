@@ -10,6 +10,7 @@ exits. It never runs user code itself and never starts a thread; a forked worker
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import selectors
@@ -17,7 +18,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from multiprocessing import process as multiprocessing_process
 from typing import Any, NoReturn
 
@@ -98,14 +99,16 @@ class _Template:
         self._unpacker = payload.CallUnpacker()
         self._initializer: worker.Initializer | None = None
         self._blobs: dict[bytes, memoryview] = {}  # of the initializer: mapped here once, inherited by every worker
-        self._woken, self._wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._woken, self._wake = socket.socketpair()
+        self._woken.setblocking(False)
+        self._wake.setblocking(False)
         self._parent_fd = _open_pidfd(parent)
         self._selector = selectors.DefaultSelector()
         for source in (control, self._woken, self._parent_fd):
             if source is not None:
                 self._selector.register(source, selectors.EVENT_READ)
         signal.signal(signal.SIGCHLD, lambda *_: None)  # only so that the wake-up descriptor is written to
-        signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
+        signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
 
     def run(self) -> None:
         """Act on what the pool says and report who died, until the pool is gone (EOFError) or its process is."""
@@ -116,7 +119,7 @@ class _Template:
                 if key.fd == self._link.fileno():
                     for message in self._link.receive():
                         self._act(message)
-                elif key.fd == self._woken:
+                elif key.fileobj is self._woken:
                     self._reap()
 
     def _act(self, message: ToTemplate) -> None:
@@ -139,12 +142,15 @@ class _Template:
 
     def _fork(self, number: int, fds: list[int]) -> None:
         try:
-            pid = os.fork()
+            with _new_group() as group:
+                pid = os.fork()
+                if pid == 0:
+                    os.setpgid(0, group)
+                    self._become_worker(number, fds)
+                os.setpgid(pid, group)  # again, because either may come first
         except OSError as error:
             self._link.send([Exited(number, None, 0, f"no process could be forked: {error}")])
         else:
-            if pid == 0:
-                self._become_worker(number, fds)
             self._pids[pid] = number
             self._link.send([Forked(number, pid)])
         finally:
@@ -158,9 +164,10 @@ class _Template:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             self._selector.close()
             self._link.close()
-            for fd in (self._woken, self._wake, self._parent_fd):
-                if fd is not None:
-                    os.close(fd)
+            self._woken.close()
+            self._wake.close()
+            if self._parent_fd is not None:
+                os.close(self._parent_fd)
             die_with_parent(os.getppid())
             gc.enable()
             multiprocessing_process.current_process().name = f"distexec-worker-{number}"
@@ -175,16 +182,13 @@ class _Template:
             os._exit(status)
 
     def _reap(self) -> None:
-        while True:
-            try:
-                os.read(self._woken, 4096)
-            except BlockingIOError:
-                break
+        with contextlib.suppress(BlockingIOError):
+            while self._woken.recv(4096):
+                pass
         reports = []
-        for pid, status in _reap_all():
+        for pid, code in _reap_all(end_groups_of=self._pids):
             number = self._pids.pop(pid, None)
             if number is not None:  # else an orphan of a task, which nobody asks about
-                code = os.waitstatus_to_exitcode(status)
                 reports.append(Exited(number, code if code >= 0 else None, max(0, -code)))
         if reports:
             self._link.send(reports)
@@ -203,10 +207,8 @@ def prepare(spec: SessionSpec) -> None:
     if spec.authkey:
         multiprocessing_process.current_process().authkey = spec.authkey
     if spec.directory:
-        try:
+        with contextlib.suppress(OSError):  # it does not exist on this machine; a task that needs it will say so
             os.chdir(spec.directory)
-        except OSError:
-            pass  # it does not exist on this machine; a task that needs it will say so
 
 
 def script_of(spec: SessionSpec) -> str | None:
@@ -308,7 +310,7 @@ def _wait_child(timeout_s: float) -> bool:
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
         for _ in _reap_all():
             pass
-        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        os.waitpid(-1, os.WNOHANG)
     except ChildProcessError:
         return False
     if hasattr(signal, "sigtimedwait"):
@@ -316,15 +318,47 @@ def _wait_child(timeout_s: float) -> bool:
     return True
 
 
-def _reap_all() -> Iterator[tuple[int, int]]:
-    while True:
-        try:
-            pid, status = os.waitpid(-1, os.WNOHANG)
-        except ChildProcessError:
-            return
-        if pid == 0:
-            return
-        yield pid, status
+def _reap_all(end_groups_of: Container[int] = ()) -> Iterator[tuple[int, int]]:
+    """Reap what has died; yield each pid and its exit code, or negative signal.
+
+    If one of `end_groups_of` did not end well, what is left of its group is killed: the task will run again elsewhere,
+    and must not meet what its first attempt started.
+    """
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            # Looked at before it is reaped: until then its group's number cannot become another's.
+            dead = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT) if hasattr(os, "waitid") else None
+            if dead and dead.si_pid in end_groups_of and (dead.si_code != os.CLD_EXITED or dead.si_status != 0):
+                _end_group(dead.si_pid)
+            pid, status = os.waitpid(dead.si_pid if dead else -1, os.WNOHANG)
+            if pid == 0:
+                return
+            yield pid, os.waitstatus_to_exitcode(status)
+
+
+def _end_group(pid: int) -> None:
+    group = os.getpgid(pid)
+    if group != os.getpgrp():
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def _new_group() -> Iterator[int]:
+    """Make a process group that a child may join. Nobody is its leader: a leader could not become a session's.
+
+    It is made by a process that is not reaped, and so stays in it, until the child has joined.
+    """
+    pid = os.fork()
+    if pid == 0:
+        os.setpgid(0, 0)
+        os._exit(0)
+    try:
+        if hasattr(os, "waitid"):
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        yield pid
+    finally:
+        os.waitpid(pid, 0)
 
 
 def _descendants(root: int, *, trackers: bool = False) -> list[int]:
@@ -371,10 +405,8 @@ def _is_tracker(pid: int) -> bool:
 
 
 def _signal(pid: int, number: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):  # it ended by itself
         os.kill(pid, number)
-    except ProcessLookupError:
-        pass  # it ended by itself
 
 
 def _open_pidfd(pid: int) -> int | None:

@@ -93,9 +93,11 @@ class WorkerPage:
 
         The worker may have begun some of them: see `started` 10 ms later.
         """
-        self._cells[2] = 0  # nothing is revoked while the two cells do not match
-        self._cells[3] = last
-        self._cells[2] = first
+        cells = self._cells
+        if cells[3] != last:
+            cells[2] = 0  # nothing is revoked while the two cells do not match
+            cells[3] = last
+        cells[2] = first  # a wider range with the same end: at no moment is less revoked than before
 
     def close(self) -> None:
         """Unmap it; using it afterwards raises ValueError."""

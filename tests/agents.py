@@ -34,7 +34,7 @@ class AgentProcess:
     address: str = ""
 
     def __enter__(self) -> AgentProcess:
-        self._log = tempfile.NamedTemporaryFile(prefix="pytest-of-agent-", suffix=".log")  # noqa: SIM115 (see __exit__)
+        self._log = tempfile.NamedTemporaryFile(prefix="pytest-of-agent-", suffix=".log")
         self._home = tempfile.TemporaryDirectory(prefix="pytest-of-agent-")
         environ = os.environ | {
             "DISTEXEC_SECRET": self.secret, "XDG_CONFIG_HOME": self._home.name, "PYTHONUNBUFFERED": "1",
@@ -51,7 +51,8 @@ class AgentProcess:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             try:

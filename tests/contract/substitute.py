@@ -37,13 +37,15 @@ else:
     class TemplateExecutor(ClusterExecutor):  # type: ignore[no-redef]
         """Workers of this machine that fork from the template: what a user gets who chooses nothing."""
 
-        def __init__(self, max_workers: int | None = None, mp_context: object = None, *args: Any, **kwargs: Any) -> None:
+        def __init__(self, max_workers: int | None = None, mp_context: object = None, *args: Any,
+                     **kwargs: Any) -> None:
             super().__init__(max_workers, None, *args, **kwargs, nodes="local")
 
     class AgentExecutor(ClusterExecutor):  # type: ignore[no-redef]
         """Workers of the agent that the fixture started. They are never processes of a context here."""
 
-        def __init__(self, max_workers: int | None = None, mp_context: object = None, *args: Any, **kwargs: Any) -> None:
+        def __init__(self, max_workers: int | None = None, mp_context: object = None, *args: Any,
+                     **kwargs: Any) -> None:
             super().__init__(max_workers, None, *args, **kwargs, nodes=[os.environ[ADDRESS_VARIABLE]],
                              secret=os.environ[SECRET_VARIABLE])
 

@@ -2,7 +2,7 @@
 
 Each of CPython's test classes is made once for every way to get workers: forked from our template, as processes of each
 multiprocessing context, and through an agent. What cannot be asked of another executor than ProcessPoolExecutor is in
-`LEFT_OUT`, with the reason and the name of the test in `test_replacements.py` that asks it through the public interface.
+`LEFT_OUT`, with the reason and the name of the test in `test_replacements.py` that asks it by the public interface.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from tests.contract.substitute import AgentExecutor, LocalExecutor, TemplateExec
 
 pytest.importorskip(
     "test.test_concurrent_futures.util", exc_type=ImportError,
-    reason="needs CPython's test package with test.test_concurrent_futures, which this Python does not ship (3.13 does)")
+    reason="needs CPython's own test.test_concurrent_futures, which this Python does not ship (3.13 does)")
 
-from test.test_concurrent_futures import (  # noqa: E402
+from test.test_concurrent_futures import (
     test_as_completed,
     test_deadlock,
     test_init,

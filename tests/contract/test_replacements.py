@@ -131,8 +131,7 @@ def test_no_thread_can_be_started(make: Make, monkeypatch: pytest.MonkeyPatch) -
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", refuse)
         with pytest.raises((RuntimeError, BrokenProcessPool)):
-            executor = make(2)
-            executor.submit(double, 4).result(PATIENCE_S)
+            make(2).submit(double, 4).result(PATIENCE_S)
 
 
 def test_workers_end_with_shutdown(make: Make, tmp_path: Path) -> None:
@@ -180,7 +179,7 @@ def test_shutdown_without_waiting(make: Make, tmp_path: Path) -> None:
 
 
 def test_pickling_error_and_shutdown_without_waiting(make: Make) -> None:
-    """A call that cannot be pickled fails with its own error, also when shutdown follows at once, and all threads end."""
+    """A call that cannot be pickled fails with its own error, also when shutdown follows at once; all threads end."""
     threads = set(threading.enumerate())
     with make(2) as executor:
         executor.submit(id, 42).result(PATIENCE_S)

@@ -67,7 +67,7 @@ class _Story:
         self.max_calls = random.choice((5, 20, 60, 150))
         self.agents: list[Vertex] = []
         self.hubs: list[Vertex] = []
-        self.removed: list[tuple[Root, Cable]] = []
+        self.is_peaceful = False
         self._build()
 
     # ---- the cluster
@@ -215,9 +215,8 @@ class _Story:
         cable = self.random.choice(cables)
         downlink = cable.downlink
         assert downlink is not None
-        self.removed.append((root, cable))
         if self.random.random() < 0.3:
-            downlink.leave()
+            self._leave(root, cable)
         else:
             root.act(root.scheduler.drain_node, downlink)
             self._leave_when_drained(root, cable, downlink)
@@ -228,7 +227,13 @@ class _Story:
         if root.scheduler.leases_of(downlink):
             self.world.after(0.05, self._leave_when_drained, root, cable, downlink)
         else:
+            self._leave(root, cable)
+
+    def _leave(self, root: Root, cable: Cable) -> None:
+        if cable.downlink is not None:
             cable.downlink.leave()
+        if self.is_peaceful:
+            root.dial(cable)
 
     def _set_slots(self) -> None:
         vertex = self.random.choice(self.agents + [root for root in self.world.roots if root.slots] or self.world.roots)
@@ -295,6 +300,7 @@ class _Story:
         world = self.world
         world.start_fails = 0.0
         world.note("peace")
+        self.is_peaceful = True
         for cable in world.cables:
             if not cable.is_whole:
                 self._mend(cable)

@@ -239,6 +239,8 @@ class Downlink:
         """Make a line; a newer one replaces the older."""
         node = self.cable.down
         if self.line is not None:
+            self.line.is_cut = True  # both ends close the older one unread when the newer one's Hello comes
+            node.on_upstream_closed(self.line)
             self.on_closed(self.line, redial=False)
         if self._known_life and self._known_life != node.life:
             self._lose("it came back as a new process")

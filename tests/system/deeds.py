@@ -105,6 +105,16 @@ def double(number: Any) -> Any:
     return 2 * number
 
 
+def pid(_: object) -> int:
+    """Return which process this is."""
+    return os.getpid()
+
+
+def ends(array: Any) -> tuple[int, int]:
+    """Return the first and the last of an array."""
+    return int(array[0]), int(array[-1])
+
+
 def nap(seconds: float, word: Any = None) -> Any:
     """Take that long, and return the word."""
     time.sleep(seconds)

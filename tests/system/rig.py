@@ -57,22 +57,20 @@ class Caller:
         self.store = store
         self.seq = 0
         self._packer = CallPacker()
-        self._functions: dict[bytes, int] = {}
+        self._defines: dict[bytes, Define] = {}
+        self._defined: set[tuple[object, bytes]] = set()
 
-    def define(self, fn: Callable[..., Any]) -> tuple[int, bytes, list[Any]]:
-        """Return the function's number, and the Define that must go first if it is new."""
-        data, buffers, key = self._packer.pack_function(fn)
-        if key in self._functions:
-            return self._functions[key], key, []
-        number = self._functions[key] = len(self._functions) + 1
-        return number, key, [Define(1, number, data, self._wire(buffers))]
-
-    def call(self, fn: Callable[..., Any], *args: Any, options: Any = None) -> list[Any]:
-        """Return the messages for one call: its Run, and before it what the worker needs for that."""
-        number, key, messages = self.define(fn)
+    def call(self, fn: Callable[..., Any], *args: Any, options: Any = None, at: object = None) -> list[Any]:
+        """Return the messages for one call at a worker: its Run, and before the first of a function its Define."""
+        packed, buffers, key = self._packer.pack_function(fn)
+        define = self._defines.get(key)
+        if define is None:
+            define = self._defines[key] = Define(1, len(self._defines) + 1, packed, self._wire(buffers))
+        messages = [] if (at, key) in self._defined else [define]
+        self._defined.add((at, key))
         data, buffers = self._packer.pack_call(args, {}, key)
         self.seq += 1
-        return [*messages, Run(1, self.seq, 1, number, data, self._wire(buffers), options)]
+        return [*messages, Run(1, self.seq, 1, define.fn, data, self._wire(buffers), options)]
 
     def result(self, outcome: Outcome) -> Any:
         """Return the value, or the exception, that an outcome holds, and release its blobs."""
@@ -168,7 +166,7 @@ class Rig(Caller):
 
     def send(self, worker: Worker, fn: Callable[..., Any], *args: Any, options: Any = None) -> int:
         """Have a worker do a call; return its seq."""
-        worker.queue(self.call(fn, *args, options=options))
+        worker.queue(self.call(fn, *args, options=options, at=worker))
         worker.flush()
         return self.seq
 

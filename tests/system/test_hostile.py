@@ -1,7 +1,7 @@
 """Strangers, and peers gone bad, against a real listener.
 
-Each test makes trouble while an honest link works: it must go on working, the thread must live, the places must come back,
-the log must say who was refused, and nothing of a stranger may reach a decoder, let alone a pickle.
+Each test makes trouble while an honest link works: it must go on working, the thread must live, the places must come
+back, the log must say who was refused, and nothing of a stranger may reach a decoder, let alone a pickle.
 """
 
 from __future__ import annotations
@@ -198,7 +198,8 @@ def test_truncated_handshakes(site: Site) -> None:
         with site.connect_tls() as sock:
             certificate = sock.getpeercert(binary_form=True)
             assert certificate
-            hand = DiallerHandshake(credentials("stranger"), Role.UPSTREAM, os.urandom(32), sha256(certificate).digest())
+            digest = sha256(certificate).digest()
+            hand = DiallerHandshake(credentials("stranger"), Role.UPSTREAM, os.urandom(32), digest)
             said = hand.opening()
             sock.sendall(said[:place])
             if place >= len(said):
@@ -385,12 +386,12 @@ def test_guessing_is_slowed_down(site: Site, caplog: pytest.LogCaptureFixture,
     site.listener._gate._buckets.clear()
 
 
-def trusted(site: Site) -> ssl.SSLSocket:
-    """Come in with the secret, on a bare socket."""
+def trusted(site: Site, behind: bytes = b"") -> ssl.SSLSocket:
+    """Come in with the secret, on a bare socket; `behind` goes with the Hello in one record."""
     sock = site.connect_tls()
     hand, proof = shake(site, sock)
     sock.sendall(proof)
-    sock.sendall(hand.receive(sock.recv(1000)))
+    sock.sendall(hand.receive(sock.recv(1000)) + behind)
     assert hand.state is State.OPEN
     assert wait_until(lambda: len(site.witness.links) == 2)
     return sock
@@ -409,6 +410,16 @@ def test_members_gone_bad(site: Site, caplog: pytest.LogCaptureFixture, data: by
     assert "broke the protocol" in site.witness.reasons[0]
     assert "broke the protocol" in caplog.text
     assert strangers_heard(site) == []
+
+
+def test_frames_in_one_record_with_the_hello(site: Site) -> None:
+    """What a peer sends right behind its Hello is delivered, once, and what comes later after it."""
+    with trusted(site, bytes(encode([Want(5, 1)]) + encode([Want(5, 2)])[:7])) as sock:
+        sock.sendall(encode([Want(5, 2)])[7:])
+        assert wait_until(lambda: Want(5, 2) in site.witness.messages)
+    theirs = [message for message in site.witness.messages if isinstance(message, Want) and message.session == 5]
+    assert theirs == [Want(5, 1), Want(5, 2)]
+    assert wait_until(lambda: site.witness.reasons)
 
 
 def test_member_cut_in_a_frame(site: Site) -> None:

@@ -196,6 +196,50 @@ def test_unsendable_global_is_named(tmp_path: Path) -> None:
         """, tmp_path)
 
 
+def test_global_that_only_the_worker_lacks(tmp_path: Path) -> None:
+    """What cannot be rebuilt on the worker, or relies on what cannot be sent, is an error only if used, or needed."""
+    check("""
+        import pickle, sys, types
+        from distexec.errors import PayloadError
+        gone = sys.modules["gone"] = types.ModuleType("gone")
+        gone.__spec__ = __spec__
+        exec("class Thing: pass", vars(gone))
+        thing = gone.Thing()
+        stream = (i for i in "a")
+        class Reader:
+            source = stream
+            def __init__(self, source):
+                self.source = source
+        reader = Reader(stream)
+        def f(what):
+            if what == "thing":
+                return thing
+            if what == "reader":
+                return reader
+            return 1
+        def take(reader):
+            return 1
+        class Own(Reader):
+            pass
+        def expect(kind, text, *task):
+            try:
+                s.call(*task)
+            except kind as error:
+                assert text in str(error), error
+            else:
+                raise AssertionError
+        with Session() as s:
+            assert s.call(f, "nothing") == 1
+            expect(pickle.UnpicklingError, "global 'thing' of __main__ could not be rebuilt: Module", f, "thing")
+            expect(pickle.UnpicklingError, "cannot send global 'stream'", f, "reader")
+            del Reader.source
+            own = Own(1)
+            Reader.source = stream
+            expect(PayloadError, "cannot send global 'stream'", take, own)
+            assert s.call(f, "nothing") == 1
+        """, tmp_path)
+
+
 def test_memo_and_class_attribute_persist(tmp_path: Path) -> None:
     """What tasks put into module-level objects and classes is there for later tasks on the same worker."""
     check("""
@@ -400,7 +444,7 @@ def test_class_identity(tmp_path: Path) -> None:
 def test_functions_of_all_kinds(tmp_path: Path) -> None:
     """Recursion, decorators, partials, generators, methods and coroutines work as by fork."""
     check("""
-        import asyncio, contextlib, functools, logging, threading, typing, xml
+        import asyncio, contextlib, functools, logging, sys, threading, typing, xml
         import xml.dom.minidom
         import numpy as np
         if typing.TYPE_CHECKING:
@@ -409,6 +453,7 @@ def test_functions_of_all_kinds(tmp_path: Path) -> None:
         lock = threading.Lock()
         local = threading.local()
         event = threading.Event()
+        out = sys.stdout
         calls = []
         def counted(fn):
             @functools.wraps(fn)
@@ -441,6 +486,7 @@ def test_functions_of_all_kinds(tmp_path: Path) -> None:
             return asyncio.run(later(x))
         def uses_many(x: "Nothing", *, scale=2):
             log.debug("x")
+            assert out is sys.stdout
             local.value = 3
             assert not event.is_set() and not lock.locked()
             with guarded() as one:
@@ -490,6 +536,26 @@ def test_functions_of_all_kinds(tmp_path: Path) -> None:
             assert type(s.call(Worker, 1)) is Worker
             back = s.call(lambda: lambda x: even(x))
             assert back(4) and back.__globals__ is globals()
+        """, tmp_path)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="the syntax is new in 3.12")
+def test_type_parameters(tmp_path: Path) -> None:
+    """Functions and classes with the annotations of 3.12 arrive with them."""
+    check("""
+        import typing
+        type Numbers[T] = list[T]
+        type Name = str
+        P = typing.ParamSpec("P")
+        class Box[T]:
+            def __init__(self, value: T, name: Name = ""):
+                self.value = value
+        def first[T](numbers: Numbers[T], how: typing.Callable[P, Name] = None) -> T:
+            assert first.__type_params__[0].__name__ == "T" and Numbers.__value__ is not None
+            return Box[int](numbers[0])
+        with Session() as s:
+            box = s.call(first, [3])
+            assert type(box) is Box and box.value == 3
         """, tmp_path)
 
 

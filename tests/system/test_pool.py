@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -115,7 +116,7 @@ def test_worker_started_by_a_passing_thread_stays(rig: Rig) -> None:
 
 
 def test_surroundings_are_the_clients(tmp_path: Path) -> None:
-    """Path, directory, arguments, environment, key and warnings are the session's; `__main__` is empty, the secret absent."""
+    """Path, directory, arguments, environment, key, warnings are the session's; `__main__` is empty, no secret there."""
     spec = SessionSpec(
         path=(ROOT, "/no/such/entry", *sys.path), directory=str(tmp_path), argv=("prog", "-x"), authkey=b"key",
         environ={**os.environ, "COLOUR": "blue", "DISTEXEC_SECRET": "s"}, warnings=("ignore::ResourceWarning",))
@@ -133,29 +134,13 @@ def test_surroundings_are_the_clients(tmp_path: Path) -> None:
     assert (found["name"], found["daemon"], found["threads"]) == ("distexec-worker-1", False, 1)
 
 
-def test_worker_holds_no_socket_but_its_own(rig: Rig) -> None:
-    """Workers inherit neither each other's links nor the pool's."""
-    first, second = rig.worker(), rig.worker()
-    expected = 1 if not isinstance(rig.pool._starter, starters.ContextStarter) else None
-    for worker in (first, second):
-        sockets = rig.ask(worker, chores.surroundings)["sockets"]
-        assert sockets == expected or (expected is None and _links_held(worker.pid, rig) == 1)
-
-
-def _links_held(pid: int, rig: Rig) -> int:
-    """How many of this process's links a process holds an end of. (multiprocessing leaves sockets of others open.)"""
-    ours = {_peer_inode(link.sock.fileno()) for link in rig.loop.links} | {
-        _inode(f"/proc/self/fd/{link.sock.fileno()}") for link in rig.loop.links}
-    return len({_inode(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")} & ours)
-
-
-def _inode(path: str) -> int:
-    return os.stat(path).st_ino
-
-
-def _peer_inode(fd: int) -> int:
-    """The inode at the other end of a socketpair; the two are made together, hence neighbours."""
-    return os.fstat(fd).st_ino + 1
+@pytest.mark.parametrize(("method", "own"), [(None, 1), ("fork", 2), ("forkserver", 2), ("spawn", 2)])
+def test_worker_holds_no_socket_but_its_own(method: str | None, own: int) -> None:
+    """Workers inherit neither each other's links nor the pool's; a fork context's inherit what the program had before."""
+    inherited = chores.count_sockets() if method == "fork" else 0
+    with Rig(context=multiprocessing.get_context(method) if method else None) as rig:
+        for worker in (rig.worker(), rig.worker()):
+            assert rig.ask(worker, chores.count_sockets) == inherited + own
 
 
 def test_tasks_may_use_multiprocessing(rig: Rig) -> None:
@@ -202,7 +187,8 @@ def test_large_initializer_travels_beside_the_spec(forked: Rig) -> None:
     array = numpy.arange(ARRAY_BYTES // 8)
     data, buffers = CallPacker().pack_call((chores.set_sign, ([bytes(ARRAY_BYTES), array],)), {})
     assert forked.store is not None
-    refs = [forked.store.put(each) for each in (data, *buffers)]
+    parts: list[Any] = [data, *buffers]
+    refs = [forked.store.put(each) for each in parts]
     spec = SessionSpec(path=(ROOT, *sys.path), initializer_buffers=tuple(refs))
     rig = Rig.__new__(Rig)
     rig.__dict__.update(forked.__dict__)
@@ -301,6 +287,26 @@ def test_kill_takes_the_whole_tree(rig: Rig, tmp_path: Path) -> None:
     assert leaks.wait_until(lambda: not is_alive(sleeper))
 
 
+def test_crash_takes_what_the_task_started(forked: Rig, tmp_path: Path) -> None:
+    """A worker that dies takes along what its task started, so that the next attempt does not meet it."""
+    worker = forked.worker()
+    other = forked.worker()
+    forked.send(worker, chores.start_sleeper, str(tmp_path / "first"))
+    forked.send(other, chores.start_sleeper, str(tmp_path / "second"))
+    first, second = int(content_of(tmp_path / "first")), int(content_of(tmp_path / "second"))
+    os.kill(worker.pid, signal.SIGKILL)
+    forked.wait("gone")
+    assert leaks.wait_until(lambda: not is_alive(first))
+    assert is_alive(second)
+
+
+def test_task_may_lead_a_session(rig: Rig) -> None:
+    """A worker leads no process group yet, so a task or initializer may call os.setsid."""
+    worker = rig.worker()
+    assert rig.ask(worker, os.setsid) is None
+    assert rig.ask(worker, os.getsid, 0) == worker.pid
+
+
 def test_killing_twice_or_the_dead_is_nothing(rig: Rig) -> None:
     """A worker is gone once, however often it is killed."""
     worker = rig.worker()
@@ -362,21 +368,35 @@ def test_killed_task_leaves_no_shared_memory(forked: Rig, tmp_path: Path) -> Non
     assert leaks.wait_until(lambda: not Path("/dev/shm", name.lstrip("/")).exists())
 
 
-def test_no_descriptors_is_a_failed_start(forked: Rig) -> None:
-    """Without descriptors for another worker its start fails with the remedy, and those there are go on."""
-    import resource
-
+@pytest.mark.parametrize("spare", range(8))
+def test_no_descriptors_is_a_failed_start(forked: Rig, spare: int) -> None:
+    """Short of descriptors, a start fails with the remedy at whichever step, or succeeds; those there are go on."""
     worker = forked.worker()
+    with few_descriptors(spare):
+        forked.pool.start_worker()
+        assert leaks.wait_until(lambda: len(forked.of("failed")) + len(forked.of("ready")) == 2)
+    assert all("ulimit" in evidence.reason for evidence, _ in forked.of("failed"))
+    assert forked.of("failed") or spare > 2
+    assert forked.ask(worker, chores.double, 1) == 2
+
+
+@contextlib.contextmanager
+def few_descriptors(spare: int) -> Iterator[None]:
+    """Let this process open only so many more."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))), limits[1]))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 10, limits[1]))
+    fillers: list[int] = []
     try:
-        for _ in range(200):
-            forked.pool.start_worker()
-        (evidence, _), *_ = forked.wait("failed")
+        with contextlib.suppress(OSError):
+            while True:
+                fillers.append(os.dup(0))
+        for _ in range(spare):
+            os.close(fillers.pop())
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-    assert "ulimit" in evidence.reason
-    assert forked.ask(worker, chores.double, 1) == 2
+        for fd in fillers:
+            os.close(fd)
 
 
 CLIENT = """
@@ -479,7 +499,7 @@ def test_large_values_leave_nothing_in_the_store(forked: Rig) -> None:
     """Once an argument's and a result's references are released their memory is free, on both sides."""
     worker = forked.worker()
     array = numpy.arange(ARRAY_BYTES // 8)
-    messages = forked.call(chores.negative, array)
+    messages = forked.call(chores.negative, array, at=worker)
     worker.queue(messages)
     worker.flush()
     refs = [ref for ref in messages[-1].buffers if isinstance(ref, BlobRef)]
@@ -500,7 +520,7 @@ def test_kept_argument_stays_what_it_was(forked: Rig) -> None:
     worker = forked.worker()
     assert forked.store is not None
     for value in (1, 2, 3):
-        messages = forked.call(chores.keep, numpy.full(ARRAY_BYTES // 8, value))
+        messages = forked.call(chores.keep, numpy.full(ARRAY_BYTES // 8, value), at=worker)
         worker.queue(messages)
         worker.flush()
         assert forked.await_result(forked.seq) == value * (ARRAY_BYTES // 8)

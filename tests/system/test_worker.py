@@ -48,7 +48,8 @@ class Bare(Caller):
                 f"status = worker.serve({fds[0]}, {fds[1]}, outputs={tuple(fds[2:]) or None})\n"
                 "worker.leave(); sys.exit(status)")
         self.process = subprocess.Popen(
-            [sys.executable, *flags, "-c", code], cwd=ROOT, pass_fds=fds, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            [sys.executable, *flags, "-c", code], cwd=ROOT, pass_fds=fds,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         theirs.close()
         os.close(page_fd)
         self.sock = ours

@@ -12,7 +12,7 @@ from typing import Any
 
 from distexec.auth import Secret
 from distexec.handshake import Credentials
-from distexec.messages import FromDownstream, FromUpstream, Message, Role
+from distexec.messages import FromDownstream, FromUpstream, Message, Role, Run
 from distexec.tls import ServerContext, make_server_context
 from distexec.transport import Link, Loop
 from tests.leaks import wait_until
@@ -107,3 +107,24 @@ def unix_pair(size_bytes: int | None = None) -> tuple[socket.socket, socket.sock
     for sock in pair if size_bytes else ():
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size_bytes or 0)
     return pair
+
+
+def runs(count: int, start: int = 0, size_bytes: int = 20) -> list[Message]:
+    """Messages that differ in their number, of some size."""
+    return [Run(1, seq, 0, 0, bytes(size_bytes)) for seq in range(start, start + count)]
+
+
+def adopted(loop: Loop, one: Witness, other: Witness, size_bytes: int | None = None,
+            fds: bool = False) -> tuple[Link, Link]:
+    """Two links over a socketpair, on one loop."""
+    left, right = unix_pair(size_bytes)
+    return (loop.adopt(left, ANYTHING, one.on_messages, one.on_closed, fds=fds),
+            loop.adopt(right, ANYTHING, other.on_messages, other.on_closed, fds=fds))
+
+
+def secured(loop: Loop, one: Witness, other: Witness) -> tuple[Link, Link]:
+    """Two links over TLS, on one loop: the dialler's and the listener's."""
+    listener = loop.listen(("127.0.0.1", 0), credentials("listener"), server_context(), other.accept)
+    link = dial(loop, listener.address, one)
+    assert wait_until(lambda: other.links)
+    return link, other.links[0]

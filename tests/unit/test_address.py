@@ -19,7 +19,8 @@ def test_forms(text: str, expected: tuple[str, int]) -> None:
     assert parse_address(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", ":", ":99", "node1:", "node1:http", "node1:-1", "a b", "[::1", "::1]", "[node1]:9",
+@pytest.mark.parametrize("text", ["", ":", ":99", "node1:", "node1:http", "node1:-1", "a b", "[::1", "::1]",
+                                  "[node1]:9",
                                   "1:2:3", "http://node1", "user@node1", "[]:99", "node1:9\n7", "node1:٩"])
 def test_other_forms_are_refused(text: str) -> None:
     """What is no address is refused, quoted, with the forms."""

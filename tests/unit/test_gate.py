@@ -61,7 +61,8 @@ def test_proving_costs_nothing() -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 20), st.booleans(), st.floats(0, 2)), max_size=300))
 def test_counts_stay_true(steps: list[tuple[int, bool, float]]) -> None:
-    """Whatever comes and goes, the count of strangers is that of the admitted who have not left, and within the limits."""
+    """Whatever comes and goes, the count of strangers is that of the admitted who have not left, and within the
+    limits."""
     door, inside, now = Gate(), [], 0.0
     for number, is_coming, pause in steps:
         now += pause

@@ -28,8 +28,8 @@ def dialler(role: Role = Role.UPSTREAM, *, secret: Secret = SECRET, python: str 
     return DiallerHandshake(credentials("client", secret, python), role, nonce, certificate)
 
 
-def listener(*, secret: Secret = SECRET, python: str = "3.11", nonce: bytes = b"l" * 32, certificate: bytes = CERTIFICATE,
-             roles: frozenset[Role] = ROLES) -> ListenerHandshake:
+def listener(*, secret: Secret = SECRET, python: str = "3.11", nonce: bytes = b"l" * 32,
+             certificate: bytes = CERTIFICATE, roles: frozenset[Role] = ROLES) -> ListenerHandshake:
     return ListenerHandshake(credentials("agent", secret, python), roles, nonce, certificate)
 
 

@@ -76,7 +76,8 @@ def test_segments_go_before_their_outcome() -> None:
     segments = [(Segment(BlobRef(bytes([number]) * 16, 1), number, 0), fd) for number, fd in enumerate(fds)]
     outbox.append_large(outcome(1), segments)
     outbox.flush()
-    assert [message for frame in link.frames for message in frame] == [segment for segment, _ in segments] + [outcome(1)]
+    sent = [message for frame in link.frames for message in frame]
+    assert sent == [*(segment for segment, _ in segments), outcome(1)]
     assert link.fds == [FDS_PER_FRAME, 3]
     assert not any(os.path.exists(f"/proc/self/fd/{fd}") for fd in fds)
 

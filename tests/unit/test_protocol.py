@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tracemalloc
+from itertools import pairwise
 
 import msgspec
 import pytest
@@ -45,12 +46,14 @@ blobs = st.builds(BlobRef, st.binary(min_size=16, max_size=16), numbers)
 buffers = st.lists(st.binary(max_size=30) | blobs, max_size=3).map(tuple)
 messages = st.one_of(
     st.builds(Run, numbers, numbers, numbers, numbers, st.binary(max_size=200), buffers,
-              st.none() | st.builds(Options, st.floats(0, 1e9), st.integers(-9, 9), st.text(max_size=9), st.booleans())),
+              st.none() | st.builds(Options, st.floats(0, 1e9), st.integers(-9, 9), st.text(max_size=9),
+                                    st.booleans())),
     st.builds(Ack, numbers, st.lists(numbers, max_size=5)),
     st.builds(Kill, numbers, numbers, numbers),
     st.builds(Chunk, st.binary(min_size=16, max_size=16), numbers, st.binary(max_size=300)),
     st.builds(Open, numbers, st.binary(max_size=16), st.binary(max_size=16), st.floats(0, 10), numbers,
-              st.builds(SessionSpec, name=st.text(max_size=9), environ=st.dictionaries(st.text(), st.text(), max_size=2))),
+              st.builds(SessionSpec, name=st.text(max_size=9),
+                        environ=st.dictionaries(st.text(), st.text(), max_size=2))),
     st.builds(Ping, numbers), st.builds(Fetch, blobs), st.builds(Bye, st.text(max_size=20)))
 batches = st.lists(messages, max_size=8)
 RUN = Run(1, 2, 3, 4, b"x" * 50)
@@ -58,7 +61,7 @@ RUN = Run(1, 2, 3, 4, b"x" * 50)
 
 def cut(data: bytes, places: list[int]) -> list[bytes]:
     edges = [0, *sorted(place % (len(data) + 1) for place in places), len(data)]
-    return [data[start:end] for start, end in zip(edges, edges[1:], strict=False)]
+    return [data[start:end] for start, end in pairwise(edges)]
 
 
 @given(st.lists(batches, max_size=5), st.lists(st.integers(0, 10**6), max_size=12))
@@ -150,8 +153,9 @@ def test_limit_of_a_decoder_is_its_own() -> None:
 
 OUTCOME = Outcome(1, 2, 3, OutcomeKind.VALUE, b"", 5)
 READY, SEGMENT = Ready(7), Segment(BlobRef(bytes(16), 5), 1, 0)
-SPOKEN = {FromUpstream: [RUN, Ping(1)], FromDownstream: [OUTCOME, Returned(1, [(1, 1)]), Ping(1)], FromControl: [Ping(1)],
-          ToControl: [Ping(1)], FromWorker: [READY, OUTCOME, SEGMENT, Returned(1, [(1, 1)])], ToWorker: [RUN, SEGMENT]}
+SPOKEN = {FromUpstream: [RUN, Ping(1)], FromDownstream: [OUTCOME, Returned(1, [(1, 1)]), Ping(1)],
+          FromControl: [Ping(1)], ToControl: [Ping(1)], ToWorker: [RUN, SEGMENT],
+          FromWorker: [READY, OUTCOME, SEGMENT, Returned(1, [(1, 1)])]}
 ALL = [RUN, OUTCOME, READY, SEGMENT, Ping(1), Returned(1, [(1, 1)])]
 
 
