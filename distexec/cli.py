@@ -24,7 +24,6 @@ from .secretfile import create_secret, load_secret, read_secret, secret_path
 
 if TYPE_CHECKING:
     from .auth import Secret
-    from .transport import Link
 
 DRAIN_S = 60.0
 """How long a stopping agent lets running tasks go on, unless told otherwise."""
@@ -71,7 +70,7 @@ def _agent_parser() -> argparse.ArgumentParser:
     parser.add_argument("--name", default=socket.gethostname(), help="what this node is called (default: the host's name)")
     parser.add_argument("--secret-file", metavar="FILE", help="file with the cluster's secret "
                         "(default: $DISTEXEC_SECRET, else the per-user file, which is made if need be)")
-    parser.add_argument("--spool", metavar="DIR", help="directory for the sessions' files (default: the temporary directory)")
+    parser.add_argument("--spool", metavar="DIR", help="directory for sessions' files (default: the temporary directory)")
     parser.add_argument("--drain", type=float, default=DRAIN_S, metavar="SECONDS",
                         help="how long SIGTERM lets running tasks go on (default: %(default)g)")
     parser.add_argument("--once", action="store_true", help="stop when the first client that came has gone")

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from .ledger import EndSession, KillWorker, PoolAction, Revoke, Session, StartWorker, StopWorker, Task
-from .messages import Define, Lost, Message, Outcome, SessionFailed
+from .messages import Ack, Define, Lost, Message, Outcome, SessionFailed
 from .scheduler import Scheduler
 from .transport import Loop
 
@@ -33,6 +33,10 @@ REVOKE_SETTLE_S = 0.010
 BURST_S = 0.0001
 """Submits closer together than this are written by the I/O thread, many in one frame; a lone one from the caller's thread.
 Shorter than any round trip, so that a caller who waits for each result is never made to wait for another thread."""
+
+
+ACK_S = 0.02
+"""How long an acknowledgement waits for company. Longer: outcomes are kept longer below. Shorter: wake-ups for nothing."""
 
 
 class PeerPort(Protocol):
@@ -83,12 +87,13 @@ class Dispatcher:
                  on_session_end: Callable[[Session], object] | None = None) -> None:
         self.loop = loop
         self.scheduler = scheduler
-        self.lock = threading.Lock()  # guards `scheduler`, `_is_ticking`, `_submitted_at`, `_burst`
+        self.lock = threading.Lock()  # guards `scheduler`, `_is_ticking`, `_submitted_at`, `_burst`, `_late`
         self.staff: dict[Session, Staff] = {}
         self._on_ended, self._on_failure, self._on_session_end = on_ended, on_failure, on_session_end
         self._is_ticking = False
         self._is_closed = False
         self._submitted_at = 0.0
+        self._late: dict[PeerPort, None] = {}  # ports with nothing but acknowledgements in line
         self._burst: dict[PeerPort, None] = {}  # ports with something in line that the I/O thread is to flush
 
     def __repr__(self) -> str:
@@ -117,7 +122,7 @@ class Dispatcher:
         return result
 
     def submit(self, root: Gate, task: Task, definition: Define) -> bool:
-        """Give the scheduler a new task; a free worker gets it from this very thread. False if the gate closed. Any thread."""
+        """Give the scheduler a new task; a free worker gets it from this very thread. False if the gate closed."""
         scheduler, session = self.scheduler, task.session
         with self.lock:
             if not root.is_open:
@@ -150,7 +155,7 @@ class Dispatcher:
         return True
 
     def submit_many(self, root: Gate, tasks: Sequence[Task], definition: Define) -> bool:
-        """Give the scheduler several calls of one function at once. False, and none taken, if the gate closed. Any thread."""
+        """Give the scheduler several calls of one function at once. False, and none taken, if the gate closed."""
         scheduler = self.scheduler
         with self.lock:
             if not root.is_open:
@@ -193,7 +198,7 @@ class Dispatcher:
         if len(out) == 1:
             port: Any = out[0][0]
             port.queue([out[0][1]])
-            return [port]
+            return [port] if type(out[0][1]) is not Ack else self._flush_later(port)
         batches: dict[Any, list[Message]] = {}
         for peer, message in out:
             batch = batches.get(peer)
@@ -204,6 +209,19 @@ class Dispatcher:
         for peer, batch in batches.items():
             peer.queue(batch)
         return list(batches)
+
+    def _flush_later(self, port: PeerPort) -> list[PeerPort]:
+        """Let an acknowledgement wait for something to go along with: it would wake the other end for nothing."""
+        if not self._late:
+            self.loop.call_later(ACK_S, self._flush_late)
+        self._late[port] = None
+        return []
+
+    def _flush_late(self) -> None:
+        with self.lock:
+            ports, self._late = self._late, {}
+        for port in ports:
+            port.flush()
 
     def _rest(self) -> tuple[list[PoolAction], list[Any], list[Any], bool] | None:
         """Collect what is left to do without the lock. With the lock held."""

@@ -27,7 +27,8 @@ from .mapping import Submissions, run_chunk
 from .messages import MAX_INLINE_BYTES, Options, SessionSpec
 from .payload import CallPacker
 from .report import ClusterStatus, NodeStatus
-from .root import LOCAL, Root
+from .root import Root
+from .supply import LOCAL
 
 if TYPE_CHECKING:
     from .handshake import Credentials
@@ -196,13 +197,14 @@ class ClusterExecutor(_Submitter):
         self._root = Root(
             name=self._name, packer=packer, spec=plan.spec(env, max_tasks_per_child or 0, echo, self._name), slots=slots,
             ceiling=max_workers or 0 if remote else 0, retries=retries, node_timeout_s=float(node_timeout),
-            nodes_timeout_s=nodes_timeout, max_pending=max_pending, credentials=credentials,
+            nodes_timeout_s=nodes_timeout, max_pending=max_pending,
             make_pool=plan.make_pool if is_local else None)
+        self._root.supply.credentials = credentials
         self._cluster = cluster
         self._secret = secret
         self._finalizer = weakref.ref(self, _dropper(self._root))
         for spec, resolve_now in targets:
-            self._root.add_node(spec.address, resolve_now, spec.slots)
+            self._root.supply.add_node(spec.address, resolve_now, spec.slots)
         if remote:
             self._root.start()
 
@@ -245,7 +247,7 @@ class ClusterExecutor(_Submitter):
     @property
     def _max_workers(self) -> int:
         """The slots there are; joblib and others read this name of the standard executors."""
-        return self._root.slots()
+        return self._root.supply.slots()
 
     # ---- more than the standard interface
 
@@ -265,7 +267,7 @@ class ClusterExecutor(_Submitter):
 
     def nodes(self) -> tuple[NodeStatus, ...]:
         """Describe every node, reachable or not."""
-        return tuple(self._root.node_rows())
+        return tuple(self._root.supply.rows())
 
     def status(self) -> ClusterStatus:
         """Describe the work done and under way, and every node; prints as a table."""
@@ -278,10 +280,10 @@ class ClusterExecutor(_Submitter):
             raise ValueError('this machine\'s own workers cannot be added later; name "local" in nodes=')
         resolve_now = partial(resolve, parse_address(spec.address))
         resolve_now()
-        if self._root._credentials is None:
-            self._root._credentials = _credentials(self._secret, self._name, required=True)
+        if self._root.supply.credentials is None:
+            self._root.supply.credentials = _credentials(self._secret, self._name, required=True)
         self._root.start()
-        self._root.add_node(spec.address, resolve_now, spec.slots)
+        self._root.supply.add_node(spec.address, resolve_now, spec.slots)
 
     def remove_node(self, name: str, drain: bool = True) -> None:
         """Use a node, given by name or address, no longer.
@@ -291,7 +293,7 @@ class ClusterExecutor(_Submitter):
 
         Raises ValueError if there is no such node.
         """
-        self._root.remove_node(self._node(name), drain=drain)
+        self._root.supply.remove_node(self._node(name), drain=drain)
 
     def set_slots(self, name: str, slots: int) -> None:
         """Use at most so many slots of a node, given by name or address ("local": this machine), from now on.
@@ -301,7 +303,7 @@ class ClusterExecutor(_Submitter):
         if slots < 0:
             raise ValueError(f"slots must be 0 or more, not {slots}")
         root = self._root
-        if name == LOCAL and root._make_pool is not None:
+        if name == LOCAL and root.supply.has_pool:
             root.dispatcher.call(lambda now: root.scheduler.set_slots(slots, now))
         else:
             node = self._node(name)
@@ -311,14 +313,14 @@ class ClusterExecutor(_Submitter):
         """Block until that many slots can be used; False if `timeout` seconds passed first."""
         root = self._root
         root.start()
-        with root.changed:
-            return root.changed.wait_for(lambda: root.slots() >= slots, timeout)
+        with root.supply.changed:
+            return root.supply.changed.wait_for(lambda: root.supply.slots() >= slots, timeout)
 
     def _node(self, name: str) -> Any:
-        for node in self._root.nodes:
+        for node in self._root.supply.nodes:
             if name in (node.name, node.address):
                 return node
-        known = ", ".join(repr(node.name) for node in self._root.nodes) or "none"
+        known = ", ".join(repr(node.name) for node in self._root.supply.nodes) or "none"
         raise ValueError(f"there is no node {name!r}; nodes: {known}")
 
     def __repr__(self) -> str:
@@ -462,7 +464,7 @@ class _PoolPlan:
     def make_pool(self, root: Root) -> Pool:
         """Make the pool of local workers."""
         from .pool import Pool
-        return Pool(root.loop, root.spec, root, store=root.store, capture=False, node=LOCAL, context=self._context,
+        return Pool(root.loop, root.spec, root.supply, store=root.store, capture=False, node=LOCAL, context=self._context,
                     initializer=self._initializer)
 
 

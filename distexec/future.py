@@ -63,8 +63,8 @@ class ClusterFuture(Future[T]):
     often it was started as far as known; more than 1 after a worker was lost), `timing` (a `Timing`), `kill()`.
     """
 
-    __slots__ = ("_attempts", "_callbacks", "_cond", "_control", "_finished_at", "_node", "_run_ns", "_submitted_at", "_task",
-                 "_task_id", "_waiting", "_waker")
+    __slots__ = ("_attempts", "_callbacks", "_cond", "_control", "_finished_at", "_node", "_run_ns", "_submitted_at",
+                 "_task", "_task_id", "_waiting", "_waker")
 
     def __init__(self) -> None:
         # Not the parent's __init__: it would make the Condition. These are all of its other attributes (3.11 to 3.14).

@@ -238,7 +238,10 @@ class Output(Struct, frozen=True, array_like=True, tag=25, gc=False):
 
 
 class SessionFailed(Struct, frozen=True, array_like=True, tag=26, gc=False):
-    """Downstream to upstream: no worker of the session can be had here; `data` is the pickled initializer's exception if that is why."""
+    """Downstream to upstream: no worker of the session can be had here.
+
+    `data` is the pickled exception of the initializer, if that is why.
+    """
 
     session: int
     evidence: Evidence
@@ -246,7 +249,10 @@ class SessionFailed(Struct, frozen=True, array_like=True, tag=26, gc=False):
 
 
 class Held(Struct, frozen=True, array_like=True, tag=27, gc=False):
-    """Downstream to upstream, after `Open` of a session it knows: the leases (seq, attempt) it still has; its outcomes follow `Resume`."""
+    """Downstream to upstream, after `Open` of a session it knows: what it still has, as (seq, attempt).
+
+    The outcomes themselves follow `Resume`.
+    """
 
     session: int
     leases: list[tuple[int, int]]

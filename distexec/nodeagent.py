@@ -61,7 +61,7 @@ LOAD_S = 2.0
 """How often upstream links are told the machine's load."""
 
 ORPHAN_S = 20.0
-"""How long a session outlives the connection to its client; with the kernel's notice of a dead client it ends within 30 s."""
+"""How long a session outlives the connection to its client; with the kernel's notice of a dead one it ends within 30 s."""
 
 CLOSE_S = 3.0
 """How long the workers of a finished session get to leave by themselves."""
@@ -440,6 +440,6 @@ def _local_spec(spec: SessionSpec) -> SessionSpec:
     directory = spec.directory if os.path.isdir(spec.directory) else ""
     extra = [entry or directory for entry in spec.path]
     path = [entry for entry in extra if entry and entry not in sys.path and os.path.exists(entry)]
-    return SessionSpec(tuple(path) + tuple(entry for entry in sys.path if entry), directory, spec.argv, environ, spec.warnings,
-                       spec.authkey, spec.initializer, spec.initializer_buffers, spec.max_tasks_per_child, spec.echo,
-                       spec.name, spec.env)
+    path += [entry for entry in sys.path if entry]
+    return SessionSpec(tuple(path), directory, spec.argv, environ, spec.warnings, spec.authkey, spec.initializer,
+                       spec.initializer_buffers, spec.max_tasks_per_child, spec.echo, spec.name, spec.env)

@@ -10,7 +10,6 @@ executor: when the last reference to that goes, submitted work is finished and t
 from __future__ import annotations
 
 import itertools
-import logging
 import os
 import secrets
 import sys
@@ -21,7 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .dispatcher import Dispatcher
-from .errors import InitializerFailed, NoNodes, TaskKilled, TaskTimeout, WorkerLost
+from .errors import NoNodes, TaskKilled, TaskTimeout, WorkerLost
 from .future import ClusterFuture
 from .ledger import Task
 from .messages import (
@@ -29,36 +28,23 @@ from .messages import (
     BlobRef,
     Buffers,
     Define,
-    Evidence,
     Lost,
     Open,
     Options,
     Outcome,
     OutcomeKind,
-    Output,
     Run,
-    SessionFailed,
     SessionSpec,
-    Stream,
 )
-from .nodes import Node, NodeState
 from .payload import CallPacker
-from .report import ClusterStatus, NodeStatus
+from .report import ClusterStatus
 from .scheduler import Scheduler
 from .shipping import BlobStore, map_segment
+from .supply import LOCAL, Supply, lost_error
 from .transport import Loop
 
 if TYPE_CHECKING:
-    from .handshake import Credentials
-    from .pool import Pool, Worker
-
-LOCAL = "local"
-"""The name of the node that is this machine's own workers."""
-
-STARVED_S = 5.0
-"""How long work may wait without a slot anywhere before the user is told why."""
-
-STARVED_AGAIN_S = 60.0
+    from .pool import Pool
 
 MAX_FUNCTIONS = 4096
 """Functions kept known to workers though no task names them. Smaller: code is sent again. Larger: memory everywhere."""
@@ -66,8 +52,6 @@ MAX_FUNCTIONS = 4096
 CLOSE_S = 5.0
 """How long workers get to leave by themselves before they are ended."""
 
-_log = logging.getLogger("distexec")
-_futures_log = logging.getLogger("concurrent.futures")
 _roots: weakref.WeakSet[Root] = weakref.WeakSet()
 _is_exiting = False
 
@@ -75,25 +59,23 @@ _is_exiting = False
 class Root:
     """Owns the tasks of one executor. Any thread may call it."""
 
-    def __init__(self, *, name: str, packer: CallPacker, spec: SessionSpec, slots: int, ceiling: int, retries: int, node_timeout_s: float,
-                 nodes_timeout_s: float | None, max_pending: int | None, credentials: Credentials | None,
+    def __init__(self, *, name: str, packer: CallPacker, spec: SessionSpec, slots: int, ceiling: int, retries: int,
+                 node_timeout_s: float, nodes_timeout_s: float | None, max_pending: int | None,
                  make_pool: Callable[[Root], Pool] | None) -> None:
         self.name = name
         self.retries = retries
         self.loop = Loop("distexec-io")
         self.packer = packer
-        self.store = BlobStore(arena_closed=self._on_arena_closed)
+        self.store = BlobStore(arena_closed=lambda number: self.supply.arena_closed(number))
         self.scheduler = Scheduler(slots, LOCAL, node_timeout_s=node_timeout_s, claim=_claim)
-        self.dispatcher = Dispatcher(self.loop, self.scheduler, on_ended=self._on_ended, on_failure=self._on_failure)
+        self.dispatcher = Dispatcher(self.loop, self.scheduler, on_ended=self._on_ended,
+                                     on_failure=lambda _session, peer, failure: self.supply.session_failed(peer, failure))
         self.spec = spec
         opened = Open(0, secrets.token_bytes(16), secrets.token_bytes(16), 1.0, ceiling, _for_nodes(spec))
         self.session = self.scheduler.open_session(opened, None, time.monotonic())
-        self.nodes: list[Node] = []
-        self.pool: Pool | None = None
+        self.supply = Supply(self, node_timeout_s, nodes_timeout_s, has_pool=make_pool is not None)
         self.broken: BaseException | None = None
-        self.changed = threading.Condition()  # notified when nodes or slots may have changed
         self._make_pool = make_pool
-        self._credentials, self._node_timeout_s, self._nodes_timeout_s = credentials, node_timeout_s, nodes_timeout_s
         self._seqs = itertools.count(1)
         self._code_lock = threading.Lock()  # guards _functions, _function_numbers, _functions_limit
         self._functions: dict[bytes, Define] = {}
@@ -107,9 +89,7 @@ class Root:
         self._closed = threading.Event()
         self._room = threading.BoundedSemaphore(max_pending) if max_pending is not None else None
         self._began_at = time.monotonic()
-        self._starved_since: float | None = None
-        self._next_warning_at = 0.0
-        self._done: dict[str, int] = {}
+        self.done: dict[str, int] = {}
         self._failed = self._retried = 0
         self._run_ns = 0
 
@@ -126,12 +106,11 @@ class Root:
             if self._is_started or self._is_closing:
                 return
             if self._make_pool is not None:
-                self.pool = self._make_pool(self)
-                self.dispatcher.staff[self.session] = self.pool
+                self.supply.pool = self.dispatcher.staff[self.session] = self._make_pool(self)
             self.loop.idle_hooks.append(self._look_for_drop)
             self.loop.start()
             self.dispatcher.start()
-            self.loop.call_later(0.5, self._check_supply)
+            self.supply.start()
             self._is_started = True
             _roots.add(self)
 
@@ -166,8 +145,8 @@ class Root:
             self.broken = self.broken or error
             self._is_closing = True
         left = self.dispatcher.call(self.scheduler.close_session, self.session) if not self.session.closing else []
-        if self.pool is not None:
-            self.pool.terminate()
+        if self.supply.pool is not None:
+            self.supply.pool.terminate()
         for task in left:
             self._let_go(task)
             task.owner.conclude(None, error)
@@ -197,16 +176,12 @@ class Root:
         with self._start_lock:
             is_started, self._is_started = self._is_started, True
         if is_started:
-            if self.pool is not None:
-                self.pool.close(CLOSE_S)
-            for node in self.nodes:
-                self.loop.call_soon(node.leave, "the executor was shut down")
+            self.supply.close(CLOSE_S)
             self.loop.stop()
         self.store.close()
         _roots.discard(self)
         self._closed.set()
-        with self.changed:
-            self.changed.notify_all()
+        self.supply.notify()
 
     # ---- tasks
 
@@ -278,6 +253,11 @@ class Root:
             if self._room is not None:
                 self._room.release()
         self._check_open()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it takes nothing more and nothing is left to be done."""
+        return self._is_closing and not self.session.tasks
 
     @property
     def is_open(self) -> bool:
@@ -360,7 +340,7 @@ class Root:
     # ---- ends
 
     def _on_ended(self, ended: list[tuple[Task, Outcome | Lost]]) -> None:
-        unpack, done = self.packer.unpack_outcome, self._done
+        unpack, done = self.packer.unpack_outcome, self.done
         for task, message in ended:
             if task.run.buffers:
                 self._release(task.run.buffers)
@@ -399,117 +379,8 @@ class Root:
             data = buffers.pop(0)
         return self.packer.unpack_outcome(OutcomeKind(message.kind), data, buffers)
 
-    def _on_failure(self, session: Any, peer: Any, failure: SessionFailed) -> None:
-        """A node (None: our own pool) cannot run the session; break when no other can."""
-        cause: BaseException | None = None
-        if failure.data:
-            _, cause = self.packer.unpack_outcome(OutcomeKind.ERROR, failure.data, ())
-        where = failure.evidence.node or LOCAL
-        if cause is not None:
-            _futures_log.critical("Exception in initializer on node %r:", where,
-                                  exc_info=(type(cause), cause, cause.__traceback__))
-        else:
-            _log.error("node %r cannot run this session: %s", where, failure.evidence.reason)
-        if peer is not None:
-            peer.problem = failure.evidence.reason or "its initializer failed"
-        if self._has_hope():
-            return
-        error: BaseException
-        if cause is not None:
-            error = InitializerFailed(f"the initializer raised {type(cause).__name__}: {cause} on node {where!r}, and no "
-                                      "other node passed it; the executor cannot be used any more")
-            error.__cause__ = cause
-        else:
-            error = _lost_error(failure.evidence, f"no worker could be started: {failure.evidence.reason}", 1)
-        self.break_with(error)
-
-    def _has_hope(self) -> bool:
-        if self._make_pool is not None and not self.session.failed:
-            return True
-        return any(not node.problem and node.state is not NodeState.REFUSED for node in self.nodes)
-
-    # ---- nodes
-
-    def add_node(self, address: str, resolve: Callable[[], Sequence[tuple[Any, ...]]], slots: int | None) -> None:
-        """Begin to use a node."""
-        assert self._credentials is not None, "the executor checks that there is a secret"
-        node = Node(address, resolve, self.dispatcher, self._credentials, self.store, self, self._node_timeout_s)
-        self.nodes.append(node)
-        if slots is not None:
-            self.dispatcher.call(lambda now: self.scheduler.limit_node(node, slots, now))
-        node.start()
-
-    def remove_node(self, node: Node, *, drain: bool) -> None:
-        """Stop using a node, after what runs there has ended if `drain`."""
-        if drain:
-            self.dispatcher.call(lambda now: self.scheduler.drain_node(node))
-            self.loop.run_here(self._leave_when_drained, node)
-        else:
-            self.loop.run_here(self._leave, node)
-
-    def _leave_when_drained(self, node: Node) -> None:
-        with self.dispatcher.lock:
-            left = self.scheduler.leases_of(node)
-        if left and node.state is NodeState.UP:
-            self.loop.call_later(0.05, self._leave_when_drained, node)
-        else:
-            self._leave(node)
-
-    def _leave(self, node: Node) -> None:
-        node.leave("the executor does not need this node any more")
-        evidence = Evidence(node.name, reason=f"node {node.name!r} was removed (remove_node)")
-        self.dispatcher.call(lambda now: self.scheduler.node_lost(node, evidence, now))
-        if node in self.nodes:
-            self.nodes.remove(node)
-        self.node_changed(node)
-
-    def node_changed(self, node: Node) -> None:
-        """Look whether all hope is gone, and wake those who wait for slots."""
-        with self.changed:
-            self.changed.notify_all()
-        if node.state is NodeState.REFUSED and node.error is not None and not self._has_hope() and not self._is_closing:
-            self.break_with(node.error)
-
-    def node_wrote(self, node: Node, output: Output) -> None:
-        """Print what a task printed on a node."""
-        if not self.spec.echo:
-            return
-        target = sys.stdout if output.stream == Stream.STDOUT else sys.stderr
-        try:
-            target.write(output.data.decode("utf-8", "replace"))
-            target.flush()
-        except (AttributeError, OSError, ValueError):
-            pass  # the program closed or replaced its own stream: it does not want to see output
-
-    def _check_supply(self) -> None:
-        """Tell the user when work waits and no slot is anywhere; give up when `nodes_timeout` says so."""
-        if self._closed.is_set() or self._is_closing and not self.session.tasks:
-            return
-        self.loop.call_later(0.5, self._check_supply)
-        now = time.monotonic()
-        with self.dispatcher.lock:
-            waits = self.session.queued() > 0
-            slots = sum(lane.slots for lane in self.session.lanes.values()) + self.session.starting
-        if not waits or slots:
-            self._starved_since = None
-            return
-        if self._starved_since is None:
-            self._starved_since, self._next_warning_at = now, now + STARVED_S - 0.5
-        since = self._starved_since
-        if self._nodes_timeout_s is not None and now - since >= self._nodes_timeout_s:
-            self._fail_queued(f"no node offered a slot within {self._nodes_timeout_s:g} s (nodes_timeout): "
-                              f"{self.describe_missing()}")
-        elif now >= self._next_warning_at:
-            self._next_warning_at = now + STARVED_AGAIN_S
-            _log.warning("work is queued but no node offers a slot: %s", self.describe_missing())
-
-    def describe_missing(self) -> str:
-        """Say of each node why it gives no slot, and what to do."""
-        if not self.nodes:
-            return "there is no node; name some with nodes=, $DISTEXEC_NODES or add_node()"
-        return "; ".join(_why(node) for node in self.nodes)
-
-    def _fail_queued(self, text: str) -> None:
+    def fail_queued(self, text: str) -> None:
+        """End with `NoNodes(text)` what waits for a slot."""
         def take(now: float) -> list[Task]:
             tasks = [task for task in self.session.tasks.values() if task.queued]
             for task in tasks:
@@ -523,74 +394,18 @@ class Root:
         if self._is_closing:
             self._close_if_done()
 
-    # ---- the pool's owner
-
-    def worker_ready(self, worker: Worker) -> None:
-        """Give the new worker work."""
-        worker.session = self.session
-        self.dispatcher.call(self.scheduler.worker_ready, worker, self.session)
-        with self.changed:
-            self.changed.notify_all()
-
-    def worker_said(self, worker: Worker, messages: list[Any]) -> None:
-        """Hear a worker's outcomes."""
-        self.dispatcher.receive(worker, messages)
-
-    def worker_wrote(self, worker: Worker, seq: int, stream: Stream, data: bytes) -> None:
-        """Local workers print for themselves; nothing is captured."""
-
-    def worker_gone(self, worker: Worker, evidence: Evidence) -> None:
-        """Learn that a worker died."""
-        self.dispatcher.call(self.scheduler.worker_gone, worker, self.session, worker.page.started, evidence)
-
-    def start_failed(self, evidence: Evidence, data: bytes) -> None:
-        """Learn that a worker never came up."""
-        self.dispatcher.call(self.scheduler.start_failed, self.session, evidence, data)
-
-    def _on_arena_closed(self, number: int) -> None:
-        if self.pool is not None:
-            self.pool.forget_arena(number)
-
     # ---- what it looks like
-
-    def slots(self) -> int:
-        """Count the slots that can be used now."""
-        with self.dispatcher.lock:
-            return self._slots()
-
-    def _slots(self) -> int:
-        return self.session.granted + sum(lane.slots for lane in self.session.lanes.values() if not lane.is_worker)
 
     def status(self) -> ClusterStatus:
         """Describe the work and the nodes."""
-        rows = tuple(self.node_rows())
+        rows = tuple(self.supply.rows())
         with self.dispatcher.lock:
             queued = self.session.queued()
             running = len(self.session.tasks) - queued
-            slots = self._slots()
-        return ClusterStatus(rows, slots, queued, running, sum(self._done.values()), self._failed, self._retried,
+            slots = self.supply.count_slots()
+        return ClusterStatus(rows, slots, queued, running, sum(self.done.values()), self._failed, self._retried,
                              time.monotonic() - self._began_at, self._run_ns / 1e9)
 
-    def node_rows(self) -> list[NodeStatus]:
-        """Describe each node, our own workers first."""
-        rows = []
-        with self.dispatcher.lock:
-            lanes = dict(self.session.lanes)
-            local = sum(len(lane.leases) for lane in lanes.values() if lane.is_worker)
-            granted = self.session.granted
-            held = {peer: len(lane.leases) for peer, lane in lanes.items()}
-        if self._make_pool is not None:
-            python = f"{sys.version_info.major}.{sys.version_info.minor}"
-            rows.append(NodeStatus(LOCAL, "", "refused" if self.session.failed else "up", granted, local,
-                                   self._done.get(LOCAL, 0), None, None, python, self.spec.name, ""))
-        for node in self.nodes:
-            lane, load, hello = lanes.get(node), node.load, node.hello
-            rows.append(NodeStatus(
-                node.name, node.address, node.state.value, lane.slots if lane is not None else 0, held.get(node, 0),
-                self._done.get(node.name, 0), load.cpu_percent if load is not None else None,
-                load.memory_free_bytes if load is not None else None, hello.python if hello is not None else "",
-                hello.version if hello is not None else "", "" if node.state is NodeState.UP else _why(node)))
-        return rows
 
 
 def map_blob(store: BlobStore, ref: BlobRef) -> memoryview:
@@ -611,21 +426,8 @@ def _for_nodes(spec: SessionSpec) -> SessionSpec:
                        spec.initializer_buffers, spec.max_tasks_per_child, spec.echo, spec.name, spec.env)
 
 
-def _why(node: Node) -> str:
-    if node.problem:
-        return f"{node.address}: {node.problem}"
-    if node.state is NodeState.UP:
-        return f"{node.address}: up, but all its slots are taken by other sessions"
-    return f"{node.address}: {node.error or 'no answer yet'}"
-
-
-def _lost_error(evidence: Evidence, reason: str, attempts: int) -> WorkerLost:
-    return WorkerLost(reason, node=evidence.node, pid=evidence.pid, exitcode=evidence.exitcode, signal=evidence.signal,
-                      attempts=attempts, stderr_tail=evidence.stderr_tail)
-
-
 def _worker_lost(task: Task, message: Lost) -> WorkerLost:
-    return _lost_error(message.evidence, message.evidence.reason, task.deaths)
+    return lost_error(message.evidence, message.evidence.reason, task.deaths)
 
 
 def _raisable(error: BaseException) -> BaseException:

@@ -778,7 +778,8 @@ class Scheduler:
 
     def _end_silent(self, session: Session, now: float) -> None:
         for lane in list(session.lanes.values()):
-            if lane.state is LaneState.SUSPENDED and now - lane.suspended_at > self._node_timeout_s:
+            if lane.state is LaneState.SUSPENDED and lane.peer not in self._nodes and (
+                    now - lane.suspended_at > self._node_timeout_s):
                 self.node_lost(lane.peer, Evidence(lane.name, reason=f"node {lane.name!r} was out of reach for more than "
                                                    f"{self._node_timeout_s:g} s (node_timeout)"), now)
 

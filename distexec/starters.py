@@ -307,6 +307,8 @@ def run_in_context(link: socket.socket, lifeline: socket.socket, fds: list[Descr
     """Be a worker in a process that multiprocessing started; SystemExit if its initializer raised."""
     die_with_client(lifeline)
     os.environ.update(environ)
+    for name in _SECRET_VARIABLES:
+        os.environ.pop(name, None)
     page_fd, *outputs = [each.take() for each in fds]
 
     def initialize(_unpacker: payload.CallUnpacker) -> None:

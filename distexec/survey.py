@@ -36,7 +36,8 @@ class Answers(NamedTuple):
     nodes: tuple[Answer, ...]
 
     def __str__(self) -> str:
-        rows = [("address", "state", "name", "slots", "busy", "sessions", "cpu", "free memory", "version", "python", "problem")]
+        rows = [("address", "state", "name", "slots", "busy", "sessions", "cpu", "free memory", "version", "python",
+                 "problem")]
         for node in self.nodes:
             load = node.load
             told = ("",) * 5 if load is None else (

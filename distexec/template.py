@@ -336,11 +336,14 @@ def _reap_all(end_groups_of: Container[int] = ()) -> Iterator[tuple[int, int]]:
             yield pid, os.waitstatus_to_exitcode(status)
 
 
-def _end_group(pid: int) -> None:
-    group = os.getpgid(pid)
-    if group != os.getpgrp():
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(group, signal.SIGKILL)
+def _end_group(member: int) -> None:
+    """Kill the others of a dead worker's group, resource trackers excepted, until none is left that could fork."""
+    group = os.getpgid(member)
+    found: set[int] = {0}
+    while found and group != os.getpgrp():
+        found = {pid for pid, _, its_group in _processes() if its_group == group and not _is_tracker(pid)}
+        for pid in found:
+            _signal(pid, signal.SIGKILL)
 
 
 @contextlib.contextmanager
@@ -367,7 +370,7 @@ def _descendants(root: int, *, trackers: bool = False) -> list[int]:
     Those end by themselves after the last of the processes they serve, and unlink what these left behind.
     """
     children: dict[int, list[int]] = {}
-    for pid, parent in _processes():
+    for pid, parent, _ in _processes():
         children.setdefault(parent, []).append(pid)
     below = list(children.get(root, ()))
     for pid in below:  # grows while we walk
@@ -375,25 +378,25 @@ def _descendants(root: int, *, trackers: bool = False) -> list[int]:
     return below if trackers else [pid for pid in below if not _is_tracker(pid)]
 
 
-def _processes() -> Iterable[tuple[int, int]]:
-    """Yield (pid, parent) of every process that is not a zombie."""
+def _processes() -> Iterable[tuple[int, int, int]]:
+    """Yield (pid, parent, group) of every process that is not a zombie."""
     if sys.platform != "linux":
         import psutil
 
-        return [(process.pid, process.ppid()) for process in psutil.process_iter()]
+        return [(process.pid, process.ppid(), os.getpgid(process.pid)) for process in psutil.process_iter()]
     return _read_proc()
 
 
-def _read_proc() -> Iterator[tuple[int, int]]:
+def _read_proc() -> Iterator[tuple[int, int, int]]:
     for name in os.listdir("/proc"):
         if name.isdigit():
             try:
                 with open(f"/proc/{name}/stat", "rb", buffering=0) as file:
-                    state, parent = file.read(512).rpartition(b")")[2].split()[:2]
+                    state, parent, group = file.read(512).rpartition(b")")[2].split()[:3]
             except (OSError, ValueError):
                 continue  # it ended while we looked
             if state not in (b"Z", b"X"):
-                yield int(name), int(parent)
+                yield int(name), int(parent), int(group)
 
 
 def _is_tracker(pid: int) -> bool:

@@ -181,6 +181,7 @@ class _Worker:
         function = self._functions[run.fn]
         outbox, options = self.outbox, run.options
         is_solo = options is not None and options.solo
+        is_loaded = function.value is not None
         if outbox.messages:
             if is_solo or not function.run_times.is_quick:
                 outbox.flush()
@@ -198,7 +199,8 @@ class _Worker:
             ended_ns = self._call_with_buffers(run, function)
         else:
             ended_ns = self._call(run, function, run.data)
-        function.run_times.add(ended_ns - started_ns)
+        if is_loaded:  # else it took as long as an import or two, which says nothing of the next
+            function.run_times.add(ended_ns - started_ns)
         if is_solo or ended_ns - outbox.flushed_ns > QUICK_NS:
             outbox.flush()
 

@@ -41,7 +41,8 @@ class AgentProcess:
             "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
         self.process = subprocess.Popen(
             [sys.executable, "-c", "import sys; from distexec.cli import agent_main; sys.exit(agent_main())",
-             "--listen", "127.0.0.1:0", "--slots", str(self.slots), "--name", self.name, *self.arguments],
+             "--listen", "127.0.0.1:0", "--slots", str(self.slots), "--name", self.name, "--spool", self._home.name,
+             *self.arguments],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=self._log, env=environ)
         leaks.own(self.process.pid)
         try:

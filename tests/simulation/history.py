@@ -59,7 +59,7 @@ class _Story:
         self.mood = mood or random.choice((CALM, SHORT_CUTS, WILD, WILD))
         self.checker = Checker(world)
         self.trouble_s = random.choice((0.05, 0.2, 0.5, 1.5))
-        world.tick_s = random.choice((0.005, 0.005, 0.020))
+        world.tick_s = random.choice((0.005, 0.020, 0.040))
         world.latency_s = random.choice(((0.00002, 0.0002), (0.0001, 0.002), (0.001, 0.02)))
         world.absence = random.choice((0.0, 0.0, 0.5))
         self.uses_pins = random.random() < 0.3
@@ -183,6 +183,11 @@ class _Story:
         if cable.downlink is not None and cable.down.is_alive and self.random.random() < 0.5:
             cable.downlink.connect()  # the node dialled: the new line may be there before the old one is missed
 
+    def _echo(self) -> None:
+        downlinks = [cable.downlink for cable in self.world.cables if cable.downlink is not None]
+        if downlinks:
+            self.random.choice(downlinks).echo()
+
     def _crash(self) -> None:
         mortals = self.agents + self.hubs
         if not mortals:
@@ -260,7 +265,7 @@ class _Story:
     # ---- the plot
 
     def _acts(self) -> list[Callable[[], object]]:
-        acts: list[Callable[[], object]] = [self._submit] * 12 + [self._cancel] * 2 + [self._kill] * 2 + [self._undefine]
+        acts: list[Callable[[], object]] = [self._submit] * 12 + [self._cancel] * 2 + [self._kill] * 2 + [self._undefine, self._echo]
         if self.mood != CALM:
             acts += [self._cut] * 3
         if self.mood == WILD:

@@ -210,6 +210,7 @@ class Downlink:
         self.line: Line | None = None
         self.is_closed = False
         self.has_said_bye = False
+        self.last_heard: list[Message] = []
         self._known_life = 0  # of the node, as the scheduler has it; 0: it has not
         self._refusals = 0
 
@@ -282,6 +283,13 @@ class Downlink:
         """Pass on what the node said."""
         if line is self.line and not self.is_closed:
             self.owner.act(self.owner.scheduler.receive, self, messages, self.world.now)
+            self.last_heard = messages
+
+    def echo(self) -> None:
+        """Hear again the ends of tasks that were heard last, as after a reconciliation that crossed with acknowledgements."""
+        ends = [message for message in self.last_heard if isinstance(message, (Outcome, Lost))]
+        if ends and self.line is not None and not self.is_closed:
+            self.owner.act(self.owner.scheduler.receive, self, ends, self.world.now)
 
 
 class Vertex:

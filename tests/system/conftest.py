@@ -14,10 +14,12 @@ Make = Callable[..., ClusterExecutor]
 
 
 @pytest.fixture(scope="session")
-def shared_agent() -> Iterator[AgentProcess]:
+def shared_agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AgentProcess]:
     """An agent with two slots that is there for all tests; what a test does to it must pass without a trace."""
-    with AgentProcess(slots=2, name="shared") as agent:
+    spool = tmp_path_factory.mktemp("spool")
+    with AgentProcess(slots=2, name="shared", arguments=("--spool", str(spool))) as agent:
         yield agent
+    assert not list(spool.iterdir()), "an agent that was stopped leaves no files"
 
 
 @pytest.fixture(params=["local", "agent"])

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-PATIENCE_S = 30.0
+PATIENCE_S = 20.0
 """How long a task waits for word before it gives up. Longer than any test waits."""
 
 

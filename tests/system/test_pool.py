@@ -116,7 +116,7 @@ def test_worker_started_by_a_passing_thread_stays(rig: Rig) -> None:
 
 
 def test_surroundings_are_the_clients(tmp_path: Path) -> None:
-    """Path, directory, arguments, environment, key, warnings are the session's; `__main__` is empty, no secret there."""
+    """Path, directory, arguments, environment, key, warnings are the session's; `__main__` is empty, no secret."""
     spec = SessionSpec(
         path=(ROOT, "/no/such/entry", *sys.path), directory=str(tmp_path), argv=("prog", "-x"), authkey=b"key",
         environ={**os.environ, "COLOUR": "blue", "DISTEXEC_SECRET": "s"}, warnings=("ignore::ResourceWarning",))
@@ -136,7 +136,7 @@ def test_surroundings_are_the_clients(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("method", "own"), [(None, 1), ("fork", 2), ("forkserver", 2), ("spawn", 2)])
 def test_worker_holds_no_socket_but_its_own(method: str | None, own: int) -> None:
-    """Workers inherit neither each other's links nor the pool's; a fork context's inherit what the program had before."""
+    """Workers inherit neither each other's links nor the pool's; a fork context's inherit what was there before."""
     inherited = chores.count_sockets() if method == "fork" else 0
     with Rig(context=multiprocessing.get_context(method) if method else None) as rig:
         for worker in (rig.worker(), rig.worker()):
@@ -147,6 +147,13 @@ def test_tasks_may_use_multiprocessing(rig: Rig) -> None:
     """A task may start children, and use the proxies of a manager that runs in the client."""
     worker = rig.worker()
     assert rig.ask(worker, chores.double_in_child, 4) == 8
+
+
+def test_workers_never_see_the_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even a forked context's workers find the cluster's secret in their environment."""
+    monkeypatch.setenv("DISTEXEC_SECRET", "s")
+    with Rig(context=multiprocessing.get_context("fork")) as rig:
+        assert rig.ask(rig.worker(), os.getenv, "DISTEXEC_SECRET") is None
 
 
 def test_proxies_of_the_clients_managers_work() -> None:

@@ -218,7 +218,7 @@ def test_outcomes_go_though_a_quick_task_takes_long(bare: Bare, tmp_path: Path) 
 def test_solo_outcomes_go_one_by_one(bare: Bare) -> None:
     """With options.solo every outcome has a frame to itself, however quick the tasks; without, many share one."""
     learn(bare, chores.double, 1)
-    for options, fewest, most in ((None, 1, 25), (Options(solo=True), 50, 50)):
+    for options, fewest, most in ((None, 1, 40), (Options(solo=True), 50, 50)):
         bare.send(*[message for _ in range(50) for message in bare.call(chores.double, 1, options=options)])
         assert fewest <= bare.count_frames(50) <= most
 

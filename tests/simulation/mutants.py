@@ -1,0 +1,312 @@
+"""Bugs planted by hand: each replaces one method by a version that is wrong now and then.
+
+A simulation that finds nothing proves nothing until it has been seen to find something. `caught` plays histories with a
+bug in place until an invariant fails, and gives the number of histories it took.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from distexec import shares
+from distexec.ledger import Lane, Queue, Session, Task
+from distexec.messages import Lost, Outcome, Run
+from distexec.placement import Placement
+from distexec.scheduler import Scheduler
+
+from .history import play
+
+Original = Callable[..., Any]
+
+
+class Mutant:
+    """A method of `owner` replaced by `wrong(original)`."""
+
+    def __init__(self, owner: Any, method: str, wrong: Callable[[Original], Original]) -> None:
+        self.name = (wrong.__doc__ or "").rstrip(".")
+        self._owner, self._method, self._wrong = owner, method, wrong
+
+    @contextmanager
+    def planted(self) -> Any:
+        """Have the bug in place for a while."""
+        original = self._owner.__dict__[self._method] if isinstance(self._owner, type) else getattr(self._owner, self._method)
+        setattr(self._owner, self._method, self._wrong(original))
+        try:
+            yield
+        finally:
+            setattr(self._owner, self._method, original)
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+def caught(mutant: Mutant, seeds: Iterable[int]) -> tuple[int, str] | None:
+    """Give how many histories it took to catch the bug and what was said; None if it got through all of them."""
+    with mutant.planted():
+        for count, seed in enumerate(seeds, 1):
+            try:
+                play(seed)
+            except Exception as failure:  # any: a wrong scheduler may also trip over its own feet
+                return count, f"{type(failure).__name__}: {failure}"
+    return None
+
+
+def _every(number: int) -> Callable[[], bool]:
+    calls = 0
+
+    def is_due() -> bool:
+        nonlocal calls
+        calls += 1
+        return calls % number == 0
+
+    return is_due
+
+
+# ---- the five of the issue
+
+
+def _drop_an_ack(original: Original) -> Original:
+    """Drop an ack."""
+    is_due = _every(10)
+
+    def wrong(self: Scheduler, *arguments: Any) -> None:
+        if not is_due():
+            original(self, *arguments)
+
+    return wrong
+
+
+def _double_a_lease(original: Original) -> Original:
+    """Double a lease."""
+    is_due = _every(10)
+
+    def wrong(self: Placement, task: Task, lane: Lane, estimate_s: float | None = None) -> None:
+        original(self, task, lane, estimate_s)
+        other = next((each for each in task.session.lanes.values() if each is not lane and each.is_worker is lane.is_worker), None)
+        if other is not None and is_due():
+            if task.run.fn in task.session.code:
+                self.out.append((other.peer, task.session.code[task.run.fn]))
+            self.out.append((other.peer, task.run))
+
+    return wrong
+
+
+def _leak_a_slot(original: Original) -> Original:
+    """Leak a slot."""
+    is_due = _every(10)
+
+    def wrong(self: Placement, lane: Lane) -> None:
+        original(self, lane)
+        if is_due():
+            lane.session.free.pop(lane, None)
+
+    return wrong
+
+
+def _forget_a_requeue(original: Original) -> Original:
+    """Forget a requeue."""
+    is_due = _every(3)
+
+    def wrong(self: Placement, task: Task) -> None:
+        if not is_due():
+            original(self, task)
+        else:
+            task.lane = None
+
+    return wrong
+
+
+def _accept_a_stale_attempt(original: Original) -> Original:
+    """Accept a stale attempt."""
+
+    def wrong(self: Scheduler, lane: Lane, message: Outcome | Lost) -> None:
+        task = lane.session.tasks.get(message.seq)
+        if type(message) is Outcome and task is not None and task.queued and lane.session.is_root:
+            lane.session.forget(task)
+            self._ended.append((task, message))
+        else:
+            original(self, lane, message)
+
+    return wrong
+
+
+# ---- more
+
+
+def _believe_a_stale_lease(original: Original) -> Original:
+    """End a leased task with the outcome of an older attempt."""
+
+    def wrong(self: Scheduler, lane: Lane, message: Outcome, acks: Any, now: float) -> None:
+        task = lane.leases.get(message.seq)
+        if task is not None and task.run.attempt > message.attempt and task.session.is_root:
+            message = Outcome(message.session, message.seq, task.run.attempt, message.kind, message.data, message.run_ns)
+        original(self, lane, message, acks, now)
+
+    return wrong
+
+
+def _charge_nothing(original: Original) -> Original:
+    """Run again for ever, uncharged, what died."""
+
+    def wrong(self: Scheduler, task: Task, evidence: Any) -> None:
+        original(self, task, evidence)
+        if task.deaths and task.queued:
+            task.deaths -= 1
+
+    return wrong
+
+
+def _charge_twice(original: Original) -> Original:
+    """Charge twice for a node that came back."""
+
+    def wrong(self: Placement, task: Task, lane: Lane) -> None:
+        if task.charged:
+            task.deaths += 1
+        original(self, task, lane)
+
+    return wrong
+
+
+def _requeue_what_died(original: Original) -> Original:
+    """Take a dead worker's running task for unstarted."""
+
+    def wrong(self: Scheduler, worker: Any, session: Session, started: int, evidence: Any, now: float) -> None:
+        original(self, worker, session, started + 1, evidence, now)
+
+    return wrong
+
+
+def _take_back_what_runs(original: Original) -> Original:
+    """Take back a task that the worker has begun."""
+
+    def wrong(self: Placement, lane: Lane, started: int) -> list[Task]:
+        return original(self, lane, started - 1)  # type: ignore[no-any-return]
+
+    return wrong
+
+
+def _keep_what_was_dropped(original: Original) -> Original:
+    """Go on with leases that the vertex above has given to others."""
+
+    def wrong(self: Scheduler, peer: Any, message: Any, now: float) -> None:
+        original(self, peer, type(message)(message.session, [], message.ack), now)
+
+    return wrong
+
+
+def _lease_into_a_revocation(original: Original) -> Original:
+    """Lease to a worker that has not passed a revocation."""
+
+    def wrong(self: Placement, lane: Lane, started: int) -> list[Task]:
+        back: list[Task] = original(self, lane, started)
+        lane.revoke_end = None
+        self.reindex(lane)
+        return back
+
+    return wrong
+
+
+def _promise_too_much(original: Original) -> Original:
+    """Grant more slots than there are."""
+
+    def wrong(slots: int, sessions: Sequence[Session], aims: dict[Session, int]) -> list[Session]:
+        for session in sessions:
+            session.granted = aims.get(session, 0)
+        return list(sessions)
+
+    return wrong
+
+
+def _ignore_the_window(original: Original) -> Original:
+    """Lease ahead without a window."""
+
+    def wrong(self: Lane, estimate_s: float, is_solo: bool) -> bool:
+        return bool(self.slots)
+
+    return wrong
+
+
+def _forget_to_refill(original: Original) -> Original:
+    """Forget to refill after a batch."""
+    is_due = _every(10)
+
+    def wrong(self: Scheduler, lane: Lane) -> None:
+        if not is_due():
+            original(self, lane)
+
+    return wrong
+
+
+def _count_badly(original: Original) -> Original:
+    """Count a discarded task as still queued."""
+
+    def wrong(self: Queue, task: Task) -> None:
+        original(self, task)
+        self.count += 1
+
+    return wrong
+
+
+def _forget_a_kill(original: Original) -> Original:
+    """Note that a task is to be killed, and tell nobody."""
+
+    def wrong(self: Scheduler, task: Task, kind: Any = None) -> None:
+        if task.lane is not None and task.doom is None and kind is None:
+            task.doom = "killed"
+        elif kind is None:
+            original(self, task)
+        else:
+            original(self, task, kind)
+
+    return wrong
+
+
+def _lose_on_return(original: Original) -> Original:
+    """Take a node's unacknowledged outcomes for tasks that never arrived."""
+
+    def wrong(self: Scheduler, peer: Any, message: Any, now: float) -> None:
+        original(self, peer, type(message)(message.session, message.leases, []), now)
+
+    return wrong
+
+
+def _run_a_duplicate(original: Original) -> Original:
+    """Run a lease that is already held once more under another worker."""
+
+    def wrong(self: Scheduler, peer: Any, message: Run, now: float) -> None:
+        original(self, peer, message, now)
+        session = self._by_uplink.get((peer, message.session))
+        task = session.tasks.get(message.seq) if session is not None else None
+        if session is not None and task is not None and task.queued:
+            session.queue_of(task).push(Task(task.run, session))
+
+    return wrong
+
+
+PLANTED_BY_THE_ISSUE = [
+    Mutant(Scheduler, "_on_ack", _drop_an_ack),
+    Mutant(Placement, "_lease", _double_a_lease),
+    Mutant(Placement, "reindex", _leak_a_slot),
+    Mutant(Placement, "requeue", _forget_a_requeue),
+    Mutant(Scheduler, "_late", _accept_a_stale_attempt),
+]
+
+MORE = [
+    Mutant(Scheduler, "_on_outcome", _believe_a_stale_lease),
+    Mutant(Scheduler, "_died", _charge_nothing),
+    Mutant(Placement, "adopt", _charge_twice),
+    Mutant(Scheduler, "worker_gone", _requeue_what_died),
+    Mutant(Placement, "taken_back", _take_back_what_runs),
+    Mutant(Scheduler, "_on_resume", _keep_what_was_dropped),
+    Mutant(Placement, "taken_back", _lease_into_a_revocation),
+    Mutant(shares, "regrant", _promise_too_much),
+    Mutant(Lane, "has_room", _ignore_the_window),
+    Mutant(Scheduler, "_touch", _forget_to_refill),
+    Mutant(Queue, "discard", _count_badly),
+    Mutant(Scheduler, "kill", _forget_a_kill),
+    Mutant(Scheduler, "_on_held", _lose_on_return),
+    Mutant(Scheduler, "_on_run", _run_a_duplicate),
+]
+
