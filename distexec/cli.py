@@ -12,7 +12,6 @@ import os
 import signal
 import socket
 import sys
-import tempfile
 import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -27,6 +26,11 @@ if TYPE_CHECKING:
 
 DRAIN_S = 60.0
 """How long a stopping agent lets running tasks go on, unless told otherwise."""
+
+SIGNAL_S = 0.5
+"""How long a signal may wait to be noticed. Shorter: an idle agent wakes more often."""
+
+MAX_NAME = 200  # characters; Hello must hold it
 
 
 class UsageError(Exception):
@@ -82,17 +86,19 @@ def _agent_parser() -> argparse.ArgumentParser:
 def _run_agent(options: argparse.Namespace) -> int:
     from .executor import usable_cpus
     from .nodeagent import Agent
+    from .spool import spool
     logging.basicConfig(level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
     slots = _slots(options.slots, usable_cpus())
-    if options.drain < 0:
+    if not options.drain >= 0:
         raise UsageError(f"--drain must be 0 or more seconds, not {options.drain:g}")
+    if not options.name or not options.name.isprintable() or "/" in options.name or len(options.name) > MAX_NAME:
+        raise UsageError(f"--name {options.name!r}: give 1 to {MAX_NAME} printable characters without a slash")
     secret = _agent_secret(options.secret_file)
     os.environ.pop("DISTEXEC_SECRET", None)  # no process started from here may find it
     addresses = [parse_address(text, lowest_port=0) for text in options.listen or ["0.0.0.0", "[::]"]]
     stop = threading.Event()
-    with tempfile.TemporaryDirectory(prefix="distexec-agent-", dir=_spool(options.spool),
-                                     ignore_cleanup_errors=True) as spool:
-        agent = Agent(secret, slots, options.name, spool, on_drained=stop.set)
+    with spool(_spool_parent(options.spool)) as directory:
+        agent = Agent(secret, slots, options.name, directory, on_drained=stop.set)
         try:
             _start(agent, addresses, is_default=not options.listen)
             _serve(agent, options, stop)
@@ -131,8 +137,8 @@ def _serve(agent: Any, options: argparse.Namespace, stop: threading.Event) -> No
         signal.signal(number, on_signal)
     if options.once:
         agent.on_last_client_gone = stop.set
-    while not stop.wait(3600.0):
-        pass  # a timeout, so that signals are seen on every platform
+    while not stop.wait(SIGNAL_S):
+        pass  # the kernel may give a signal to another thread: we act on it only when we wake
 
 
 def _slots(wanted: int | None, cpus: int) -> int:
@@ -153,7 +159,7 @@ def _agent_secret(file: str | None) -> Secret:
     return read_secret(path)
 
 
-def _spool(directory: str | None) -> str | None:
+def _spool_parent(directory: str | None) -> str | None:
     if directory is None:
         return None
     if not os.path.isdir(directory) or not os.access(directory, os.W_OK | os.X_OK):
@@ -206,6 +212,8 @@ def _secret_show(options: argparse.Namespace) -> int:
 
 def _nodes(options: argparse.Namespace) -> int:
     from .survey import survey
+    if not options.timeout > 0:
+        raise UsageError(f"--timeout must be more than 0 seconds, not {options.timeout:g}")
     addresses = options.nodes or [part.strip() for part in os.environ.get("DISTEXEC_NODES", "localhost").split(",")]
     secret = load_secret(None, options.secret_file)
     if secret is None:

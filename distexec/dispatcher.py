@@ -78,13 +78,13 @@ class Dispatcher:
         scheduler: made by the caller; from now on touched only with this dispatcher's lock.
         on_ended: the root's owner of tasks: gets [(task, Outcome | Lost)], in any thread, without the lock.
         on_failure: gets (session, peer or None, SessionFailed) at the root.
-        on_session_end: gets the session whose workers are to be stopped.
+        on_session_end: gets the session whose workers are to be stopped, and whether tasks of it were left.
     """
 
     def __init__(self, loop: Loop, scheduler: Scheduler, *,
                  on_ended: Callable[[list[tuple[Task, Outcome | Lost]]], object] | None = None,
                  on_failure: Callable[[Session, Any, SessionFailed], object] | None = None,
-                 on_session_end: Callable[[Session], object] | None = None) -> None:
+                 on_session_end: Callable[[Session, bool], object] | None = None) -> None:
         self.loop = loop
         self.scheduler = scheduler
         self.lock = threading.Lock()  # guards `scheduler`, `_is_ticking`, `_submitted_at`, `_burst`, `_late`
@@ -256,7 +256,7 @@ class Dispatcher:
             self.loop.call_later(REVOKE_SETTLE_S, self._read_revoked, worker)
         elif isinstance(action, EndSession):
             if self._on_session_end is not None:
-                self._on_session_end(action.session)
+                self._on_session_end(action.session, action.had_tasks)
         else:
             self._end_worker(action)
 

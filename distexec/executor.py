@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from functools import partial
 from multiprocessing.context import BaseContext
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from . import __version__
@@ -180,6 +181,7 @@ class ClusterExecutor(_Submitter):
                  nodes_timeout: float | None = None, max_pending: int | None = None) -> None:
         _check_numbers(max_workers, retries, node_timeout, nodes_timeout, max_pending)
         _check_child_limit(max_tasks_per_child, mp_context)
+        _check_env(env)
         if initializer is not None and not callable(initializer):
             raise TypeError("initializer must be a callable")
         specs = _node_specs(nodes)
@@ -196,13 +198,14 @@ class ClusterExecutor(_Submitter):
         plan = _PoolPlan(packer, mp_context, initializer, initargs, is_remote_too=bool(remote))
         self._root = Root(
             name=self._name, packer=packer, spec=plan.spec(env, max_tasks_per_child or 0, echo, self._name), slots=slots,
-            ceiling=max_workers or 0 if remote else 0, retries=retries, node_timeout_s=float(node_timeout),
+            ceiling=int(max_workers or 0) if remote else 0, retries=retries, node_timeout_s=float(node_timeout),
             nodes_timeout_s=nodes_timeout, max_pending=max_pending,
             make_pool=plan.make_pool if is_local else None)
         self._root.supply.credentials = credentials
         self._cluster = cluster
         self._secret = secret
-        self._finalizer = weakref.ref(self, _dropper(self._root))
+        # Kept by the root: of a weak reference that is garbage together with its object, the callback is not called.
+        self._root.owner = weakref.ref(self, _dropper(self._root))
         for spec, resolve_now in targets:
             self._root.supply.add_node(spec.address, resolve_now, spec.slots)
         if remote:
@@ -342,19 +345,39 @@ def _dropper(root: Root) -> Callable[[object], None]:
 
 def _check_numbers(max_workers: int | None, retries: int, node_timeout: float, nodes_timeout: float | None,
                    max_pending: int | None) -> None:
+    _check_kind("max_workers", max_workers, Integral, may_be_none=True)
+    _check_kind("retries", retries, Integral)
+    _check_kind("node_timeout", node_timeout, Real)
+    _check_kind("nodes_timeout", nodes_timeout, Real, may_be_none=True)
+    _check_kind("max_pending", max_pending, Integral, may_be_none=True)
     if max_workers is not None and max_workers <= 0:
         raise ValueError("max_workers must be greater than 0")
     if retries < 0:
         raise ValueError(f"retries must be 0 or more, not {retries}")
     if not node_timeout > 0:
         raise ValueError(f"node_timeout must be a positive number of seconds, not {node_timeout}")
-    if nodes_timeout is not None and nodes_timeout < 0:
+    if nodes_timeout is not None and not nodes_timeout >= 0:
         raise ValueError(f"nodes_timeout must be None or 0 or more seconds, not {nodes_timeout}")
     if max_pending is not None and max_pending < 1:
         raise ValueError(f"max_pending must be None or at least 1, not {max_pending}")
 
 
+def _check_kind(name: str, value: object, kind: type, *, may_be_none: bool = False) -> None:
+    if not (isinstance(value, kind) or may_be_none and value is None):
+        wanted = "a whole number" if kind is Integral else "a number" if kind is Real else "a string"
+        raise TypeError(f"{name} must be {wanted}{' or None' if may_be_none else ''}, not {value!r}")
+
+
+def _check_env(env: Mapping[str, str] | None) -> None:
+    if env is None:
+        return
+    if not isinstance(env, Mapping) or not all(isinstance(each, str) for pair in env.items() for each in pair):
+        raise TypeError(f"env must map names of variables to strings, not {env!r}")
+
+
 def _check_child_limit(max_tasks_per_child: int | None, mp_context: BaseContext | None) -> None:
+    if mp_context is not None and not hasattr(mp_context, "get_start_method"):
+        raise TypeError(f"mp_context must be what multiprocessing.get_context() returns, not {mp_context!r}")
     if max_tasks_per_child is None:
         return
     if not isinstance(max_tasks_per_child, int):
@@ -368,13 +391,17 @@ def _check_child_limit(max_tasks_per_child: int | None, mp_context: BaseContext 
 
 def _changed(options: TaskOptions, *, retries: int | None = None, timeout: float | None = None, priority: int | None = None,
              node: str | None = None) -> TaskOptions:
+    _check_kind("retries", retries, Integral, may_be_none=True)
+    _check_kind("timeout", timeout, Real, may_be_none=True)
+    _check_kind("priority", priority, Integral, may_be_none=True)
+    _check_kind("node", node, str, may_be_none=True)
     if retries is not None and retries < 0:
         raise ValueError(f"retries must be 0 or more, not {retries}")
     if timeout is not None and not timeout > 0:
         raise ValueError(f"timeout must be a positive number of seconds, not {timeout}")
     return TaskOptions(options.retries if retries is None else retries,
                        options.timeout_s if timeout is None else float(timeout),
-                       options.priority if priority is None else priority,
+                       options.priority if priority is None else int(priority),
                        options.node if node is None else node)
 
 

@@ -255,6 +255,8 @@ class Lane:
             return False
         if self.is_worker:
             return not self.unknown and self.work_s + estimate_s <= WORKER_AHEAD_S
+        if self.slots < self.offered:
+            return False  # the node knows nothing of our limit: what is leased ahead it would run at once
         if count <= self.slots:
             return True
         return not self.unknown and self.work_s + estimate_s <= self.window_s * self.slots
@@ -287,9 +289,10 @@ class Lane:
 class Session:
     """One executor's tenancy at one vertex."""
 
-    __slots__ = ("busy", "capped", "ceiling", "closing", "code", "estimates", "failed", "failure", "free", "granted", "id", "lanes",
-                 "limited", "no", "opened", "orphaned_at", "peak", "peak_at", "pinned", "queue", "reconciling", "served", "served_at",
-                 "starting", "tasks", "told", "unacked", "uplink_no", "upstream", "waiting", "want", "weight", "workers")
+    __slots__ = ("busy", "capped", "ceiling", "closing", "code", "estimates", "failed", "failure", "free", "granted", "id",
+                 "lanes", "limited", "no", "opened", "orphaned_at", "owed", "peak", "peak_at", "pinned", "queue",
+                 "reconciling", "served", "served_at", "starting", "tasks", "told", "unacked", "uplink_no", "upstream",
+                 "waiting", "want", "weight", "workers")
 
     def __init__(self, opened: Open, upstream: Peer | None, number: int) -> None:
         self.opened = opened
@@ -313,6 +316,7 @@ class Session:
         self.busy = 0  # worker lanes with a lease
         self.workers = 0  # worker lanes
         self.starting = 0  # workers asked for and not yet ready
+        self.owed = 0  # tasks the vertex above recalled that nodes below are asked for
         self.want = 0  # tasks waiting above for a slot here
         self.peak = 0  # most tasks here at once, lately; keeps the share of a client that pauses for breath
         self.peak_at = 0.0
@@ -410,9 +414,10 @@ class Revoke(NamedTuple):
 
 
 class EndSession(NamedTuple):
-    """Stop the session's workers and delete what it left on this machine."""
+    """Stop the session's workers, at once if tasks were left, and delete what it left on this machine."""
 
     session: Session
+    had_tasks: bool
 
 
 PoolAction = StartWorker | StopWorker | KillWorker | Revoke | EndSession

@@ -393,7 +393,7 @@ class FdLink(Link):
         if len(fds) > MAX_FDS:
             raise ValueError(f"{len(fds)} descriptors; at most {MAX_FDS} go with one frame")
         self._has_parcels = True  # before the append: who pops a parcel then sees it
-        self._outbox.append(_Parcel(list(messages), [os.dup(fd) for fd in fds]))
+        self._outbox.append(_Parcel(list(messages), _duplicated(fds)))
 
     def _write_messages(self, messages: list[Message]) -> None:
         if not self._has_parcels:
@@ -502,6 +502,17 @@ class _Parcel:
     @classmethod
     def is_instance(cls, entry: object) -> bool:
         return isinstance(entry, cls)
+
+
+def _duplicated(fds: Iterable[int]) -> list[int]:
+    duplicates: list[int] = []
+    try:
+        for fd in fds:
+            duplicates.append(os.dup(fd))
+    except OSError:
+        _close_all(duplicates)
+        raise
+    return duplicates
 
 
 def _close_all(fds: Iterable[int]) -> None:

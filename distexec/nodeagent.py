@@ -223,9 +223,9 @@ class Tenancy:
             self.agent.store.release(ref)
         self.missing.pop(key, None)
 
-    def end(self) -> None:
+    def end(self, grace_s: float) -> None:
         """Stop the workers, drop the blobs, remove the directory. Own thread: it waits for processes."""
-        self.pool.close(CLOSE_S)
+        self.pool.close(grace_s)
         for refs in [*self.held.values(), *self.results.values()]:
             for ref in refs:
                 self.agent.store.release(ref)
@@ -255,12 +255,14 @@ class Agent:
         self.dispatcher = Dispatcher(self.loop, self.scheduler, on_session_end=self._on_session_end)
         self.tenancies: dict[bytes, Tenancy] = {}
         self.listeners: list[Listener] = []
+        self.grace_s = CLOSE_S
         self._by_session: dict[Session, Tenancy] = {}
         self._uplinks: set[Uplink] = set()
         self._controls: set[Link] = set()
         self._ending: set[threading.Thread] = set()
         self._on_drained = on_drained
         self._drain_by: float | None = None
+        self._is_started = self._is_closing = False
         self.on_last_client_gone: Callable[[], object] | None = None
         python = f"{sys.version_info.major}.{sys.version_info.minor}"
         self._credentials = Credentials(secret, name, secrets.token_bytes(16), python, __version__,
@@ -275,6 +277,7 @@ class Agent:
         for address in addresses:
             self.listeners.append(self.loop.listen(address, self._credentials, context, self._accept))
         self.loop.start()
+        self._is_started = True
         self.dispatcher.start()
         self.loop.call_later(LOAD_S, self._tell_load)
 
@@ -303,13 +306,23 @@ class Agent:
 
     def close(self, reason: str = "the agent was stopped") -> None:
         """Say goodbye, end all workers, close everything. Not on the I/O thread."""
+        self._is_closing = True
+        if self._is_started:
+            passed = threading.Event()
+            self.loop.call_soon(passed.set)
+            passed.wait()  # from here on no session begins, and the end of each is in `_ending`
         for uplink in list(self._uplinks):
             uplink.link.send([Bye(reason)])
+        with self.dispatcher.lock:
+            is_idle = not any(session.tasks for session in self.scheduler.sessions)
+        if not is_idle:
+            self.grace_s = 0.0  # whoever asked has waited for what runs, or does not want to
         for session in list(self.scheduler.sessions):
             self.dispatcher.call(self.scheduler.close_session, session)
         self.dispatcher.close()
-        for thread in list(self._ending):
-            thread.join()
+        while self._ending:
+            for thread in list(self._ending):
+                thread.join()
         self.loop.stop()
         self.store.close()
 
@@ -322,6 +335,11 @@ class Agent:
             return FromControl, _ignore, lambda link, _reason: self._controls.discard(link)
         if link.role is not Role.UPSTREAM or self._drain_by is not None:
             return None
+        for older in [each for each in self._uplinks if _is_same(each.link, link)]:
+            # What is still unread on the older link must not be heard after what the new one says.
+            older.link.on_messages = _ignore
+            self.uplink_lost(older, "replaced by a newer connection of the same client")
+            older.link.close("replaced by a newer connection")
         uplink = Uplink(self, link)
         self._uplinks.add(uplink)
         _log.info("%s connected from %s", link.hello.name if link.hello else "a client", link.name)
@@ -329,6 +347,8 @@ class Agent:
 
     def uplink_lost(self, uplink: Uplink, reason: str) -> None:
         """Keep the sessions of a lost link for a while."""
+        if uplink not in self._uplinks:
+            return
         self._uplinks.discard(uplink)
         _log.info("connection to %s ended: %s", uplink.link.name, reason)
         self.dispatcher.call(self.scheduler.upstream_lost, uplink)
@@ -356,6 +376,8 @@ class Agent:
 
     def open_session(self, uplink: Uplink, opened: Open) -> None:
         """Begin a session, or take it up again for the one who has its token."""
+        if self._is_closing:
+            return  # the client hears Bye next
         tenancy = self.tenancies.get(opened.id)
         if tenancy is not None and not compare_digest(tenancy.opened.token, opened.token):
             _log.warning("%s named a session without its token; the connection is closed", uplink.link.name)
@@ -373,20 +395,21 @@ class Agent:
         self._by_session[session] = tenancy
         self.dispatcher.staff[session] = tenancy.pool
 
-    def _on_session_end(self, session: Session) -> None:
+    def _on_session_end(self, session: Session, had_tasks: bool) -> None:
         tenancy = self._by_session.pop(session, None)
         self.dispatcher.staff.pop(session, None)
         if tenancy is None:
             return
         self.tenancies.pop(tenancy.opened.id, None)
         _log.info("session of %s ends", tenancy.opened.spec.name)
-        thread = threading.Thread(target=self._end, args=(tenancy,), name="distexec-session-end")
+        grace_s = 0.0 if had_tasks else self.grace_s  # nobody waits for what still runs, and its slots are others' now
+        thread = threading.Thread(target=self._end, args=(tenancy, grace_s), name="distexec-session-end")
         self._ending.add(thread)
         thread.start()
 
-    def _end(self, tenancy: Tenancy) -> None:
+    def _end(self, tenancy: Tenancy, grace_s: float) -> None:
         try:
-            tenancy.end()
+            tenancy.end(grace_s)
         finally:
             self._ending.discard(threading.current_thread())
 
@@ -427,6 +450,10 @@ class Agent:
     def _on_arena_closed(self, number: int) -> None:
         for tenancy in list(self.tenancies.values()):
             tenancy.pool.forget_arena(number)
+
+
+def _is_same(older: Link, newer: Link) -> bool:
+    return older.hello is not None and newer.hello is not None and older.hello.incarnation == newer.hello.incarnation
 
 
 def _ignore(_link: Link, _messages: list[Message]) -> None:

@@ -128,6 +128,11 @@ class Outbox:
         self.flushed_ns = 0
         self.flusher = _Flusher(self)
 
+    @property
+    def is_sending(self) -> bool:
+        """Whether some thread is in the middle of a flush."""
+        return self._lock.locked()
+
     def append_large(self, outcome: Outcome, segments: list[tuple[Segment, int]]) -> None:
         """Add an outcome with much in it, and the segments, with their descriptors, that must go before it."""
         for segment, fd in segments:

@@ -212,6 +212,9 @@ class Placement:
         task.renew = session.is_root
         if not session.is_root and (self.draining or session.failed or not session.told):
             self.give_back(session, [task])
+        elif session.owed:
+            session.owed -= 1
+            self.give_back(session, [task])
         else:
             session.queue_of(task).push_front(task)
 

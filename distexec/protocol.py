@@ -34,6 +34,9 @@ more."""
 FRAME_TARGET_BYTES = 1 << 20
 """A batch above this is sent as several frames. Smaller: more calls. Larger: the receiver starts later on the batch."""
 
+SPARE_BYTES = 512 << 10
+"""The largest frame buffer kept for the next frame. Smaller than a chunk: every chunk takes fresh memory."""
+
 HEADER_BYTES = 4
 
 _header = Struct(">I")
@@ -101,12 +104,13 @@ class FrameDecoder:
     no more use.
     """
 
-    __slots__ = ("_decode", "_filled", "_frame", "_head", "_max_frame_bytes")
+    __slots__ = ("_decode", "_filled", "_frame", "_head", "_max_frame_bytes", "_spare")
 
     def __init__(self, says: UnionType | type, max_frame_bytes: int = MAX_FRAME_BYTES) -> None:
         self._decode = _decoder(says).decode
         self._max_frame_bytes = max_frame_bytes
         self._frame: bytearray | None = None  # a frame begun, at its full length
+        self._spare = bytearray()  # of the frame before: chunks of a blob have one size, and fresh memory costs a third
         self._filled = 0  # how much of it is here
         self._head = b""  # less than a header
 
@@ -127,7 +131,10 @@ class FrameDecoder:
         if self._filled < len(frame):
             return []
         self._frame = None
-        return self._messages(frame)
+        messages = self._messages(frame)
+        if len(frame) <= SPARE_BYTES:
+            self._spare = frame  # decoding copied all of it
+        return messages
 
     def feed(self, data: bytes | bytearray | memoryview) -> list[Message]:
         """Take the next bytes of the stream; return all messages of the frames they complete, in order."""
@@ -157,7 +164,8 @@ class FrameDecoder:
         return messages
 
     def _begin(self, size: int, start: memoryview) -> None:
-        self._frame = bytearray(size)
+        self._frame = self._spare if len(self._spare) == size else bytearray(size)
+        self._spare = bytearray()
         self._filled = len(start)
         self._frame[:self._filled] = start
 

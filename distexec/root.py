@@ -85,6 +85,7 @@ class Root:
         self._is_started = False
         self._closer: threading.Thread | None = None
         self._is_closing = False  # no new tasks; close when the last has ended
+        self.owner: weakref.ref[Any] | None = None  # the executor; its callback calls `drop`
         self._is_dropped = False  # set by the finalizer of the executor
         self._closed = threading.Event()
         self._room = threading.BoundedSemaphore(max_pending) if max_pending is not None else None
@@ -203,6 +204,8 @@ class Root:
     def submit_many(self, fn: Callable[..., Any], calls: Sequence[tuple[Any, ...]], options: Options | None,
                     retries: int | None) -> list[ClusterFuture[Any]]:
         """Take in several calls of one function, given by their arguments, at the price of little more than one."""
+        if self._room is not None:  # each must be on its way before the next one waits for room
+            return [self.submit(fn, args, {}, options, retries) for args in calls]
         self._check_open()
         if not self._is_started:
             self.start()

@@ -159,7 +159,7 @@ class Scheduler:
         self.sessions.remove(session)
         self._touched.pop(session, None)
         self._by_uplink.pop((session.upstream, session.uplink_no), None)
-        self._place.pool.append(EndSession(session))
+        self._place.pool.append(EndSession(session, bool(left)))
         self._share(now)
         return left
 
@@ -490,7 +490,7 @@ class Scheduler:
 
     def _on_lost(self, peer: Peer, message: Lost, now: float) -> None:
         lane = self._lanes.get((peer, message.session))
-        if lane is None:
+        if lane is None or lane.state is LaneState.SUSPENDED:  # before `Held`: it will be said again after `Resume`
             return
         task = lane.leases.get(message.seq)
         if task is None or task.run.attempt != message.attempt:
@@ -590,11 +590,15 @@ class Scheduler:
             session.limited = True
         if session.failed or self._place.draining or not session.told:
             self._place.give_back(session, [task])
-        elif self._absent is not None and (message.buffers or message.fn not in session.code) and self._absent(message):
+        elif self._absent is not None and self._may_be_absent(session, message) and self._absent(message):
             session.waiting[seq] = task
         else:
             session.queue_of(task).push(task)
             self._touched[session] = None
+
+    def _may_be_absent(self, session: Session, run: Run) -> bool:
+        definition = session.code.get(run.fn)
+        return bool(run.buffers) or definition is None or bool(definition.buffers)
 
     def arrived(self, session: Session, seq: int) -> None:
         """Learn that the blobs a task was waiting for are here."""
@@ -629,7 +633,7 @@ class Scheduler:
             return
         returned = [session.queue.pop_youngest() for _ in range(min(message.count, session.queue.count))]
         self._place.give_back(session, returned[::-1])
-        missing = message.count - len(returned)
+        session.owed = missing = message.count - len(returned)
         for lane in session.lanes.values():
             if missing > 0 and not lane.is_worker and len(lane.leases) > lane.slots:
                 self._place.out.append((lane.peer, Recall(session.no, missing)))

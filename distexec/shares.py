@@ -41,7 +41,7 @@ def targets(slots: int, sessions: Sequence[Session], now: float) -> dict[Session
     left = slots
     for limits in (wanted, usable):
         while left and (hungry := [s for s in sessions if shares[s] < limits[s]]):
-            poorest = min(hungry, key=lambda s: (shares[s] / s.weight, s.served // TURN_S))
+            poorest = min(hungry, key=lambda s: shares[s] / s.weight + s.served // TURN_S)
             shares[poorest] += 1
             left -= 1
     return shares
@@ -55,14 +55,14 @@ def _ceiling(session: Session) -> int:
 
 
 def _settle_up(sessions: Sequence[Session], wanted: dict[Session, int], now: float) -> None:
-    """Note what each session had since the last time; who wants nothing saves nothing up."""
+    """Note what each session had since the last time. Who wanted little saved nothing up, but for a turn or two."""
     for session in sessions:
         session.served += max(session.granted, session.busy) * (now - session.served_at) / session.weight
         session.served_at = now
+    most = max(session.served for session in sessions)
     least = min((session.served for session in sessions if wanted[session]), default=0.0)
     for session in sessions:
-        if not wanted[session]:
-            session.served = max(session.served, least)
+        session.served = max(session.served, most - 2 * TURN_S if wanted[session] else least)
 
 
 def cap(session: Session, nodes: Sequence[Lane]) -> None:

@@ -269,7 +269,8 @@ class Supply:
                 node.name, node.address, node.state.value, lane.slots if lane is not None else 0, held.get(node, 0),
                 self._root.done.get(node.name, 0), load.cpu_percent if load is not None else None,
                 load.memory_free_bytes if load is not None else None, hello.python if hello is not None else "",
-                hello.version if hello is not None else "", "" if node.state is NodeState.UP else _why(node)))
+                hello.version if hello is not None else "",
+                _why(node) if node.problem or node.state is not NodeState.UP else ""))
         return rows
 
 

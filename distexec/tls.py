@@ -194,38 +194,39 @@ class TlsLink(Link):
         return size, size < len(self.loop.scratch)
 
     def _decode(self, size: int) -> list[Message]:
-        stream = self._stream
-        with self._lock:  # held elsewhere only for a write that does not block
-            stream.incoming.write(self.loop.scratch[:size])
         rest, self._rest = self._rest, b""
         messages = self.decoder.feed(rest) if rest else []
-        while True:
-            space = self.decoder.space()
-            target = self._record if space is None else space
-            count = self._decrypt(target)
-            if not count:
-                break
-            batch = self.decoder.feed(target[:count]) if space is None else self.decoder.grew(count)
-            messages = messages + batch if messages else batch
-            if count < len(target) and not stream.incoming.pending:
-                break  # it was the last record
+        with self._lock:  # held elsewhere only for a write that does not block
+            self._stream.incoming.write(self.loop.scratch[:size])
+            is_more = True
+            while is_more:
+                space = self.decoder.space()
+                target = self._record if space is None else space
+                count = self._decrypt(target)
+                is_more = count == len(target)
+                batch = self.decoder.feed(target[:count]) if space is None else self.decoder.grew(count)
+                messages = messages + batch if messages else batch
+            if self._stream.outgoing.pending:  # the answer to a change of keys
+                super()._write(self._stream.outgoing.read())
         self.flush()  # who found the lock taken left the messages to us
         return messages
 
     def _decrypt(self, target: memoryview) -> int:
-        with self._lock:
-            try:
-                return cast(int, self._stream.tls.read(len(target), target))
-            except ssl.SSLWantReadError:
-                return 0
-            except ssl.SSLError as error:
-                self._end = f"TLS failed: {error.reason or error}"
-                if isinstance(error, (ssl.SSLZeroReturnError, ssl.SSLEOFError)):
-                    self._end = "closed by the other end"
-                return 0
-            finally:
-                if self._stream.outgoing.pending:  # the answer to a change of keys
-                    super()._write(self._stream.outgoing.read())
+        """Fill the target as far as records are here; return how far. Lock held."""
+        read, incoming, room = self._stream.tls.read, self._stream.incoming, len(target)
+        count = 0
+        try:
+            while count < room:
+                count += cast(int, read(room - count, target[count:]))
+                if count < room and not incoming.pending:
+                    break  # that was the last record; asking again would cost an exception
+        except ssl.SSLWantReadError:
+            pass  # the rest of a record is still under way
+        except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
+            self._end = "closed by the other end"
+        except ssl.SSLError as error:
+            self._end = f"TLS failed: {error.reason or error}"
+        return count
 
     def _take(self, size: int) -> None:
         super()._take(size)

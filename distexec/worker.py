@@ -160,7 +160,8 @@ class _Worker:
     def prepare_fork(self) -> None:
         """Before a task forks: send what waits, and be single-threaded."""
         self.outbox.flusher.join()
-        self.outbox.flush()
+        if not self.outbox.is_sending:  # else a signal handler forks in the middle of a flush, which will go on
+            self.outbox.flush()
 
     def forsake(self) -> None:
         """In a forked child, which has no part in the conversation: close all that belongs to it.

@@ -18,9 +18,18 @@ from distexec.ledger import WORKER_AHEAD_S as AHEAD_S
 from distexec.messages import Lost, Outcome, OutcomeKind, Returned, Run
 from distexec.placement import Placement
 
-from .world import Call, Execution, Vertex, Violation, World
+from .world import Call, Execution, Line, Vertex, Violation, World
 
 DEEP_EVERY = 50
+TIMES_OUT_S = 0.15
+"""How long after its time limit a task may still end by itself: a tick, a revocation, another, and the signal."""
+
+KILLS_S = 0.35
+"""How long after `kill` a task may still end by itself while all links are up."""
+
+AGREES_S = 0.4
+"""How long the two ends of a line may differ on who has a task: a few messages under way, and a revocation."""
+
 ROUNDING_S = 1e-9
 
 
@@ -51,7 +60,9 @@ class Checker:
         self.world = world
         self.world.observer = self
         self.begun = self.ended = self.checks = 0
+        self.is_calm = False  # no link is cut in this history, no process dies
         self._busy: dict[Vertex, int] = {}
+        self._disputed: dict[object, float] = {}  # (line, session, seq, attempt): since when only one end has it
 
     # ---- what is told to it
 
@@ -80,31 +91,56 @@ class Checker:
         _expect(end.attempt == task.run.attempt, lambda: f"{call} ends with a superseded attempt: {end}, now {task.run.attempt}")
         _expect(task.lane is None and not task.queued, lambda: f"{call} ended but is still {task}")
         if isinstance(end, Lost):
-            _expect(task.deaths == call.retries + 1, lambda: f"{call} is lost after {task.deaths} deaths")
+            _expect(task.deaths == call.retries + 1 <= task.run.attempt, lambda: f"{call} is lost after {task.deaths} deaths")
         elif end.kind is OutcomeKind.KILLED:
-            _expect(call.kills > 0, lambda: f"{call} was killed, and nobody asked for it")
+            _expect(call.killed_at is not None, lambda: f"{call} was killed, and nobody asked for it")
         elif end.kind is OutcomeKind.TIMEOUT:
             limit_s = call.options.timeout_s if call.options is not None else 0.0
             _expect(0.0 < limit_s < call.duration_s, lambda: f"{call} timed out with a limit of {limit_s}")
         else:
-            _expect(call.begun > 0, lambda: f"{call} has an outcome and never ran")
-            last = call.last
-            assert last is not None
-            _expect(last.attempt != end.attempt or (last.ended_at is not None and last.is_told),
-                    lambda: f"{call} has an outcome before its end")
+            _expect(end.attempt in call.told, lambda: f"{call} has an outcome of an attempt that has told none: {end}")
+            limit_s = call.options.timeout_s if call.options is not None else 0.0
+            _expect(not limit_s or call.duration_s < limit_s + TIMES_OUT_S, lambda: f"{call} ran on beyond its limit of {limit_s}")
+        _expect(not self.is_calm or call.killed_at is None or self.world.now < call.killed_at + KILLS_S,
+                lambda: f"{call} was to be killed at {call.killed_at} and goes on")
 
     def on_step(self, vertex: Vertex, arguments: tuple[Any, ...]) -> None:
         """A scheduler took a step."""
         self.checks += 1
         if self.checks % DEEP_EVERY == 0:
-            for each in self.world.vertices:
-                if each.is_alive:
-                    self.check_vertex(each)
+            self.check_everything()
             return
         for session in vertex.scheduler.sessions:
             self._check_light(vertex, session)
         self._check_slots(vertex)
         self._check_named(vertex, arguments)
+
+    def check_everything(self) -> None:
+        """Recompute everything."""
+        disputed: dict[object, float] = {}
+        for vertex in self.world.vertices:
+            if vertex.is_alive:
+                self.check_vertex(vertex)
+                for session in vertex.scheduler.sessions:
+                    self._compare_ends(session, disputed)
+        self._disputed = disputed
+
+    def _compare_ends(self, session: Session, disputed: dict[object, float]) -> None:
+        """Let the two ends of a line agree on what is leased, give or take what is under way."""
+        line = session.upstream
+        if not isinstance(line, Line) or line.is_cut or line.downlink.line is not line or session.reconciling:
+            return
+        above = next((each for each in line.downlink.owner.scheduler.sessions if each.id == session.id), None)
+        lane = above.lanes.get(line.downlink) if above is not None else None
+        if lane is None or lane.state is LaneState.SUSPENDED:
+            return
+        leased = {(seq, task.run.attempt) for seq, task in lane.leases.items()}
+        held = {(seq, task.run.attempt) for seq, task in session.tasks.items()}
+        ended = {(seq, end.attempt) for seq, (end, _) in session.unacked.items()}
+        for lease in (leased - held - ended) | (held - leased):
+            key = (line, session, lease)
+            since = disputed[key] = self._disputed.get(key, self.world.now)
+            _expect(self.world.now - since < AGREES_S, lambda: f"{line}: only one end has {lease} of {session}")  # noqa: B023
 
     # ---- vertices
 
@@ -177,7 +213,8 @@ class Checker:
         if lane is not None:
             _expect(lane.leases.get(task.run.seq) is task and session.lanes.get(lane.peer) is lane,
                     lambda: f"{vertex.name}: {task} is not where it says")
-        _expect(task.deaths <= task.retries + 1 or not session.is_root, lambda: f"{task} was charged {task.deaths} times")
+        _expect(task.deaths <= min(task.retries + 1, task.run.attempt) or not session.is_root,
+                lambda: f"{task} was charged {task.deaths} times")
         _expect(task.doom is not ABANDONED, lambda: f"{vertex.name}: abandoned {task} is among the tasks")
 
     def check_vertex(self, vertex: Vertex) -> None:

@@ -9,8 +9,11 @@ the wild ones (everything fails) are both visited often.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import multiprocessing
+import os
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
 
 from distexec.messages import Options
 
@@ -18,7 +21,7 @@ from .checker import Checker
 from .world import Cable, Call, Root, Vertex, Violation, World
 
 LOCAL, AGENTS, TREE = "local", "agents", "tree"
-CALM, SHORT_CUTS, WILD = "calm", "short cuts", "wild"
+CALM, SHORT_CUTS, WILD, STORM = "calm", "short cuts", "wild", "storm"
 
 PROGRESS_S = 120.0
 """Virtual time within which everything must have ended once there is peace."""
@@ -51,16 +54,60 @@ def play(seed: int, *, shape: str | None = None, mood: str | None = None, log: l
     return History(seed, story.shape, story.mood, world.steps, checker.checks, len(world.calls), checker.begun, world.now)
 
 
+@dataclass
+class Total:
+    """What many histories came to."""
+
+    histories: int = 0
+    steps: int = 0
+    checks: int = 0
+    calls: int = 0
+    begun: int = 0
+    failures: list[str] = field(default_factory=list)
+
+    def __add__(self, other: Total) -> Total:
+        return Total(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(Total)))
+
+    def __str__(self) -> str:
+        return (f"{self.histories} histories, {self.steps} events, {self.checks} scheduler steps checked, {self.calls} calls, "
+                f"{self.begun} attempts begun, {len(self.failures)} failures")
+
+
+def play_shard(seeds: Sequence[int]) -> Total:
+    """Play the histories of these seeds; stop at the first that fails."""
+    total = Total()
+    for seed in seeds:
+        try:
+            history = play(seed)
+        except Exception as failure:  # an invariant, or a scheduler that trips over its own feet
+            last = traceback.extract_tb(failure.__traceback__)[-1]
+            notes = "; ".join(getattr(failure, "__notes__", ()))
+            total.failures.append(f"{type(failure).__name__}: {failure}\n  {notes}, in {last.filename}:{last.lineno}")
+            break
+        total += Total(1, history.steps, history.checks, history.calls, history.begun)
+    return total
+
+
+def play_shards(seeds: Sequence[int], size: int = 50) -> Iterator[Total]:
+    """Play histories on all processors, `size` at a time; give what each shard came to as it ends."""
+    shards = [seeds[at:at + size] for at in range(0, len(seeds), size)]
+    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
+        yield from pool.imap_unordered(play_shard, shards)
+
+
 class _Story:
     def __init__(self, seed: int, shape: str | None, mood: str | None) -> None:
         self.world = world = World(seed)
         self.random = random = world.random
         self.shape = shape or random.choice((LOCAL, AGENTS, AGENTS, TREE, TREE))
-        self.mood = mood or random.choice((CALM, SHORT_CUTS, WILD, WILD))
+        self.mood = mood or (random.choice((CALM, WILD, WILD)) if self.shape == LOCAL else random.choice(
+            (CALM, SHORT_CUTS, WILD, WILD, STORM, STORM)))
         self.checker = Checker(world)
+        self.checker.is_calm = self.mood == CALM
         self.trouble_s = random.choice((0.05, 0.2, 0.5, 1.5))
         world.tick_s = random.choice((0.005, 0.020, 0.040))
         world.latency_s = random.choice(((0.00002, 0.0002), (0.0001, 0.002), (0.001, 0.02)))
+        world.node_timeout_s = {WILD: random.choice((0.03, 0.15, 1.0)), STORM: random.choice((0.02, 0.1))}.get(self.mood, 1.0)
         world.absence = random.choice((0.0, 0.0, 0.5))
         self.uses_pins = random.random() < 0.3
         self.uses_limits = random.random() < 0.3
@@ -119,7 +166,7 @@ class _Story:
 
     def _submit_one(self, root: Root) -> Call:
         random = self.random
-        fn = random.choice((1, 1, 1, 2, 3, 4, 5, 6))
+        fn = random.choice((1, 3, 3, 4) if self.mood == STORM else (1, 1, 1, 2, 3, 4, 5, 6))
         duration_s = {
             1: lambda: random.uniform(1e-6, 5e-5), 2: lambda: random.uniform(2e-4, 3e-3), 3: lambda: random.uniform(0.005, 0.05),
             4: lambda: random.uniform(0.1, 0.8), 5: lambda: random.choice((1e-5,) * 9 + (0.3,)), 6: lambda: 2e-4}[fn]()
@@ -167,15 +214,16 @@ class _Story:
                 self.random.choice(workers).die()
 
     def _cut(self) -> None:
+        random = self.random
         if not self.world.cables:
             return
-        cable = self.random.choice(self.world.cables)
+        cable = random.choice(self.world.cables)
         if not cable.is_whole:
             return
-        longest = 2.5 if self.mood == WILD else 0.4
+        longest = {WILD: random.choice((0.05, 0.3, 2.0)), STORM: 0.3}.get(self.mood, 0.4)
         self.world.note("cut", cable)
         cable.cut()
-        self.world.after(self.random.uniform(0.0, longest), self._mend, cable)
+        self.world.after(random.uniform(0.0, longest), self._mend, cable)
 
     def _mend(self, cable: Cable) -> None:
         cable.mend()
@@ -265,6 +313,8 @@ class _Story:
     # ---- the plot
 
     def _acts(self) -> list[Callable[[], object]]:
+        if self.mood == STORM:
+            return [self._submit] * 6 + [self._cut] * 12 + [self._echo] * 3 + [self._kill, self._kill_worker, self._crash]
         acts: list[Callable[[], object]] = [self._submit] * 12 + [self._cancel] * 2 + [self._kill] * 2 + [self._undefine, self._echo]
         if self.mood != CALM:
             acts += [self._cut] * 3
@@ -278,7 +328,7 @@ class _Story:
         world, random = self.world, self.random
         acts = self._acts()
         at = 0.0
-        number = random.choice((5, 20, 50))
+        number = 100 if self.mood == STORM else random.choice((5, 20, 50))
         for _ in range(number):
             at += random.expovariate(number / self.trouble_s)
             world.after(at, random.choice(acts))
@@ -293,7 +343,7 @@ class _Story:
                 raise Violation(f"no progress: {stuck[:5]} of {len(stuck)}, tasks {[call.task for call in stuck[:5]]}")
         world.run(world.now + 2.0)
         self.checker.check_end()
-        if self.mood != WILD:
+        if self.mood in (CALM, SHORT_CUTS):
             self._check_strict()
         for root in world.roots:
             if root.is_alive and not root.is_closed:

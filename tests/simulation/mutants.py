@@ -123,7 +123,9 @@ def _accept_a_stale_attempt(original: Original) -> Original:
 
     def wrong(self: Scheduler, lane: Lane, message: Outcome | Lost) -> None:
         task = lane.session.tasks.get(message.seq)
-        if type(message) is Outcome and task is not None and task.queued and lane.session.is_root:
+        if type(message) is Outcome and task is not None and lane.session.is_root and not task.doom:
+            if task.lane is not None:
+                self._place.unlease(task)
             lane.session.forget(task)
             self._ended.append((task, message))
         else:
@@ -133,18 +135,6 @@ def _accept_a_stale_attempt(original: Original) -> Original:
 
 
 # ---- more
-
-
-def _believe_a_stale_lease(original: Original) -> Original:
-    """End a leased task with the outcome of an older attempt."""
-
-    def wrong(self: Scheduler, lane: Lane, message: Outcome, acks: Any, now: float) -> None:
-        task = lane.leases.get(message.seq)
-        if task is not None and task.run.attempt > message.attempt and task.session.is_root:
-            message = Outcome(message.session, message.seq, task.run.attempt, message.kind, message.data, message.run_ns)
-        original(self, lane, message, acks, now)
-
-    return wrong
 
 
 def _charge_nothing(original: Original) -> Original:
@@ -196,14 +186,12 @@ def _keep_what_was_dropped(original: Original) -> Original:
     return wrong
 
 
-def _lease_into_a_revocation(original: Original) -> Original:
-    """Lease to a worker that has not passed a revocation."""
+def _revoke_only_once(original: Original) -> Original:
+    """Revoke nothing more from a worker that has not passed a revocation."""
 
-    def wrong(self: Placement, lane: Lane, started: int) -> list[Task]:
-        back: list[Task] = original(self, lane, started)
-        lane.revoke_end = None
-        self.reindex(lane)
-        return back
+    def wrong(self: Placement, lane: Lane, first: int) -> None:
+        if lane.revoke_end is None:
+            original(self, lane, first)
 
     return wrong
 
@@ -294,13 +282,12 @@ PLANTED_BY_THE_ISSUE = [
 ]
 
 MORE = [
-    Mutant(Scheduler, "_on_outcome", _believe_a_stale_lease),
     Mutant(Scheduler, "_died", _charge_nothing),
     Mutant(Placement, "adopt", _charge_twice),
     Mutant(Scheduler, "worker_gone", _requeue_what_died),
     Mutant(Placement, "taken_back", _take_back_what_runs),
     Mutant(Scheduler, "_on_resume", _keep_what_was_dropped),
-    Mutant(Placement, "taken_back", _lease_into_a_revocation),
+    Mutant(Placement, "revoke", _revoke_only_once),
     Mutant(shares, "regrant", _promise_too_much),
     Mutant(Lane, "has_room", _ignore_the_window),
     Mutant(Scheduler, "_touch", _forget_to_refill),

@@ -49,8 +49,8 @@ class Violation(AssertionError):
 class Call:
     """One submitted call as the omniscient observer knows it."""
 
-    __slots__ = ("begun", "cancelled", "discarded", "duration_s", "end", "fn", "is_error", "kills", "last", "options",
-                 "retries", "root", "seq", "task", "unsent")
+    __slots__ = ("begun", "cancelled", "discarded", "duration_s", "end", "fn", "is_error", "killed_at", "options", "retries",
+                 "root", "seq", "task", "told", "unsent")
 
     def __init__(self, root: Root, seq: int, fn: int, duration_s: float, options: Options | None, retries: int,
                  is_error: bool) -> None:
@@ -59,8 +59,8 @@ class Call:
         self.task: Task
         self.begun = 0  # executions that began
         self.unsent = 0  # executions that ended, but whose outcome died with their worker
-        self.kills = 0  # how often its end was asked for
-        self.last: Execution | None = None
+        self.killed_at: float | None = None  # when its end was asked for first
+        self.told: set[int] = set()  # attempts whose outcome left the worker
         self.cancelled = False  # the owner withdrew it
         self.discarded = False  # it left without an end
         self.end: Outcome | Lost | None = None
@@ -77,17 +77,10 @@ class Call:
 class Execution:
     """One run of a call in a worker."""
 
-    __slots__ = ("attempt", "began_at", "call", "ended_at", "is_told", "worker")
+    __slots__ = ("attempt", "call", "worker")
 
-    def __init__(self, call: Call, attempt: int, worker: Worker, now: float) -> None:
-        self.call, self.attempt, self.worker, self.began_at = call, attempt, worker, now
-        self.ended_at: float | None = None
-        self.is_told = False  # its outcome left the worker
-
-    @property
-    def is_running(self) -> bool:
-        """Whether it goes on right now."""
-        return self.ended_at is None and self.worker.is_alive
+    def __init__(self, call: Call, attempt: int, worker: Worker) -> None:
+        self.call, self.attempt, self.worker = call, attempt, worker
 
 
 class World:
@@ -175,6 +168,7 @@ class Line:
     def send(self, upward: bool, messages: list[Message]) -> None:
         """Put a batch on its way."""
         if self.is_cut:
+            self._lose(upward, messages)
             return
         world = self.world
         arrival = max(self._last[upward], world.now + world.uniform(world.latency_s))
@@ -183,11 +177,16 @@ class Line:
 
     def _arrive(self, upward: bool, messages: list[Message]) -> None:
         if self.is_cut:
+            self._lose(upward, messages)
             return
         if upward:
             self.downlink.hear(self, messages)
         else:
             self.node.hear(self, messages)
+
+    def _lose(self, upward: bool, messages: list[Message]) -> None:
+        if upward:  # some come late after all, when a new line is up: a scheduler must be able to tell
+            self.downlink.ghosts += [message for message in messages if isinstance(message, (Outcome, Lost))]
 
     def cut(self) -> None:
         """Lose what is under way, and let both ends find out."""
@@ -210,7 +209,8 @@ class Downlink:
         self.line: Line | None = None
         self.is_closed = False
         self.has_said_bye = False
-        self.last_heard: list[Message] = []
+        self.heard: deque[Message] = deque(maxlen=20)  # ends of tasks
+        self.ghosts: deque[Message] = deque(maxlen=20)  # ends that were under way when a line was cut
         self._known_life = 0  # of the node, as the scheduler has it; 0: it has not
         self._refusals = 0
 
@@ -250,6 +250,9 @@ class Downlink:
         self._known_life = node.life
         self.line = Line(self.world, self, node)
         node.lines.append(self.line)
+        if self.ghosts:
+            for _ in range(3):
+                self.world.after(self.world.uniform((0.0, 0.3)), self.echo)
         self.owner.act(self.owner.scheduler.node_joined, self, node.name, 0.02)
 
     def on_closed(self, line: Line, redial: bool = True) -> None:
@@ -283,13 +286,12 @@ class Downlink:
         """Pass on what the node said."""
         if line is self.line and not self.is_closed:
             self.owner.act(self.owner.scheduler.receive, self, messages, self.world.now)
-            self.last_heard = messages
+            self.heard += [message for message in messages if isinstance(message, (Outcome, Lost))]
 
     def echo(self) -> None:
-        """Hear again the ends of tasks that were heard last, as after a reconciliation that crossed with acknowledgements."""
-        ends = [message for message in self.last_heard if isinstance(message, (Outcome, Lost))]
-        if ends and self.line is not None and not self.is_closed:
-            self.owner.act(self.owner.scheduler.receive, self, ends, self.world.now)
+        """Hear the ends of some tasks late or again."""
+        if self.line is not None and not self.is_closed:
+            self.owner.act(self.owner.scheduler.receive, self, [*self.ghosts, *self.heard], self.world.now)
 
 
 class Vertex:
@@ -394,7 +396,8 @@ class Vertex:
                 world.note(self.name, "does", action)
             self.pool.do(action)
         self._conclude()
-        world.observer.on_step(self, args)
+        if out or actions or event != scheduler.tick:  # most ticks change nothing; should one, the next step shows it
+            world.observer.on_step(self, args)
         if not self._is_ticking and scheduler.needs_tick():
             self._is_ticking = True
             world.after(world.tick_s, self._tick, self.life)
@@ -516,7 +519,8 @@ class Root(Vertex):
     def kill(self, call: Call) -> None:
         """End a call wherever it is."""
         if not call.is_over:
-            call.kills += 1
+            if call.killed_at is None:
+                call.killed_at = self.world.now
             self.act(self.scheduler.kill, call.task)
 
     def _claim(self, task: Task) -> bool:
@@ -635,7 +639,7 @@ class Worker:
         self._flushed_at = 0.0
         self._is_armed = False
         self._defined: set[int] = set()
-        self._seen: dict[int, float] = {}
+        self._seen: dict[int, float] = {}  # expected run times
         self._last_down = self._last_up = 0.0
 
     def __repr__(self) -> str:
@@ -668,7 +672,7 @@ class Worker:
             return
         world = self.world
         for execution in self._untold:
-            execution.is_told = True
+            execution.call.told.add(execution.attempt)
         self._untold.clear()
         messages, self._outbox = self._outbox, []
         self._flushed_at = world.now
@@ -722,17 +726,15 @@ class Worker:
         call = world.calls[run.data]
         if world.log is not None:
             world.note(self, "begins", call, "attempt", run.attempt)
-        execution = self.running = Execution(call, run.attempt, self, world.now)
+        execution = self.running = Execution(call, run.attempt, self)
         world.observer.on_begin(execution)
         call.begun += 1
-        call.last = execution
         world.after(call.duration_s, self._end, execution, run)
 
     def _end(self, execution: Execution, run: Run) -> None:
         if not self.is_alive:
             return
         call, now = execution.call, self.world.now
-        execution.ended_at = now
         self.running = None
         self._seen[run.fn] = max(call.duration_s, self._seen.get(run.fn, 0.0) * 0.5)
         kind = OutcomeKind.ERROR if call.is_error else OutcomeKind.VALUE

@@ -456,7 +456,7 @@ def test_link_cut_for_good(tmp_path: Path, silently: bool) -> None:
         futures = [executor.submit(deeds.hold, str(tmp_path), number) for number in range(2)]
         assert wait_until(lambda: len(deeds.notes(tmp_path)) == 2)
         proxy.cut(silently)
-        assert wait_until(lambda: executor.status().queued == 1, WAIT_S)
+        assert wait_until(lambda: all(future.node == "two" for future in futures), WAIT_S)
         deeds.let_go(tmp_path)
         assert [future.result(WAIT_S) for future in futures] == [0, 1]
         assert sorted(future.attempts for future in futures) == [1, 2]

@@ -104,7 +104,7 @@ def test_watched_descriptors(loop: Loop) -> None:
     assert wait_until(lambda: seen == [b"a"])
     loop.unwatch(reader)
     done = threading.Event()
-    os.write(writer, b"b")
+    loop.call_soon(os.write, writer, b"b")
     loop.call_later(0.02, done.set)
     assert done.wait(10)
     assert seen == [b"a"]

@@ -94,7 +94,7 @@ def test_large_batches_wait_for_a_slow_reader(kind: str) -> None:
         sent = runs(300, size_bytes=100_000)
         for start in range(0, 300, 30):
             link.send(sent[start:start + 30])
-        assert link.pending_bytes > 10_000_000
+        assert wait_until(lambda: link.pending_bytes > 10_000_000)
         gate.set()
         assert other.saw(300)
         assert other.messages == sent
@@ -345,3 +345,16 @@ def test_plain_links_refuse_descriptors(loop: Loop) -> None:
         link.queue(runs(1), fds=[0])
     with pytest.raises(ValueError, match="at most"):
         adopted(loop, Witness(), Witness(), fds=True)[0].queue(runs(1), fds=[0] * 17)
+
+
+def test_descriptors_that_cannot_be_duplicated_leave_nothing(loop: Loop) -> None:
+    """If one descriptor is bad, queue says so, queues nothing and keeps no duplicate of the others."""
+    other = Witness()
+    link, _ = adopted(loop, Witness(), other, fds=True)
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        link.queue(runs(1), fds=[0, 1, 1 << 20])
+    assert len(os.listdir("/proc/self/fd")) == before
+    link.send(runs(1, 7))
+    assert other.saw(1)
+    assert other.messages == runs(1, 7)
