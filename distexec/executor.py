@@ -363,7 +363,7 @@ def _check_numbers(max_workers: int | None, retries: int, node_timeout: float, n
 
 
 def _check_kind(name: str, value: object, kind: type, *, may_be_none: bool = False) -> None:
-    if not (isinstance(value, kind) or may_be_none and value is None):
+    if not isinstance(value, kind) and not (may_be_none and value is None):
         wanted = "a whole number" if kind is Integral else "a number" if kind is Real else "a string"
         raise TypeError(f"{name} must be {wanted}{' or None' if may_be_none else ''}, not {value!r}")
 

@@ -218,9 +218,9 @@ class LaneState(Enum):
 class Lane:
     """One session's leases on one downstream peer: a worker (one slot, ordered) or a node (as many as it offers)."""
 
-    __slots__ = ("defined", "has_failed", "is_worker", "leases", "limit", "name", "offered", "peer", "remaining", "revoke_end",
-                 "revoke_range", "revoked_from", "sent", "session", "since", "slots", "state", "suspended_at", "unknown",
-                 "wanted", "window_s", "work_s")
+    __slots__ = ("defined", "has_failed", "is_stalled", "is_worker", "leases", "limit", "name", "offered", "peer",
+                 "remaining", "revoke_end", "revoke_range", "revoked_from", "sent", "session", "since", "slots", "state",
+                 "suspended_at", "unknown", "wanted", "window_s", "work_s")
 
     def __init__(self, peer: Peer, session: Session, name: str, *, is_worker: bool, remaining: int = 0) -> None:
         self.peer, self.session, self.name, self.is_worker = peer, session, name, is_worker
@@ -236,6 +236,7 @@ class Lane:
         self.state = LaneState.ACTIVE
         self.suspended_at = 0.0
         self.since = 0.0  # last time an outcome came or an idle peer was given work
+        self.is_stalled = False  # it was asked to give work back, and has ended nothing since
         self.wanted = False  # we told the node that tasks wait
         self.has_failed = False  # the node cannot run the session
         self.revoke_range: tuple[int, int] | None = None  # orders being taken back, until `started` was read
@@ -251,7 +252,7 @@ class Lane:
         count = len(self.leases)
         if count < self.slots:
             return True
-        if is_solo or not self.slots or count >= MAX_AHEAD * self.slots:
+        if is_solo or self.is_stalled or not self.slots or count >= MAX_AHEAD * self.slots:
             return False
         if self.is_worker:
             return not self.unknown and self.work_s + estimate_s <= WORKER_AHEAD_S
@@ -289,10 +290,10 @@ class Lane:
 class Session:
     """One executor's tenancy at one vertex."""
 
-    __slots__ = ("busy", "capped", "ceiling", "closing", "code", "estimates", "failed", "failure", "free", "granted", "id",
-                 "lanes", "limited", "no", "opened", "orphaned_at", "owed", "peak", "peak_at", "pinned", "queue",
-                 "reconciling", "served", "served_at", "starting", "tasks", "told", "unacked", "uplink_no", "upstream",
-                 "waiting", "want", "weight", "workers")
+    __slots__ = ("ahead", "busy", "capped", "ceiling", "closing", "code", "estimates", "failed", "failure", "free",
+                 "granted", "id", "lanes", "limited", "no", "opened", "orphaned_at", "owed", "peak", "peak_at", "pinned",
+                 "queue", "reconciling", "served", "served_at", "starting", "tasks", "told", "unacked", "uplink_no",
+                 "upstream", "waiting", "want", "wanted", "weight", "workers")
 
     def __init__(self, opened: Open, upstream: Peer | None, number: int) -> None:
         self.opened = opened
@@ -311,6 +312,7 @@ class Session:
         self.estimates: dict[int, Estimate] = {}
         self.lanes: dict[Peer, Lane] = {}
         self.free: OrderedDict[Lane, None] = OrderedDict()  # lanes with a free slot
+        self.ahead: Lane | None = None  # the lane that took a task into its window last; the next finds room there too
         self.granted = 0  # of our own slots, how many it may use
         self.told = -1  # what was last offered upstream
         self.busy = 0  # worker lanes with a lease
@@ -318,6 +320,7 @@ class Session:
         self.starting = 0  # workers asked for and not yet ready
         self.owed = 0  # tasks the vertex above recalled that nodes below are asked for
         self.want = 0  # tasks waiting above for a slot here
+        self.wanted: bool | None = None  # what every node was told of tasks waiting here; None: not every one
         self.peak = 0  # most tasks here at once, lately; keeps the share of a client that pauses for breath
         self.peak_at = 0.0
         self.served = 0.0  # slot-seconds it had, by weight; who had least gets the slot that cannot be divided

@@ -28,7 +28,7 @@ from typing import Any
 from .errors import ProtocolError
 from .iothread import LINGER_S, STOPPED, IoThread
 from .messages import Hello, Message, Ping, Pong, Role
-from .protocol import FrameDecoder, pack
+from .protocol import FrameDecoder, PlaceChunk, pack
 
 __all__ = ["HEARTBEAT_S", "FdLink", "Link", "OnClosed", "OnMessages"]
 
@@ -88,6 +88,7 @@ class Link:
         self.last_heard = time.monotonic()
         self.received_fds: deque[int] = deque()
         self.decoder = decoder
+        self.place_chunk: PlaceChunk | None = None
         self.on_messages, self.on_closed = on_messages, on_closed
         self.pending_bytes = 0
         self._outbox: deque[Any] = deque()
@@ -134,6 +135,14 @@ class Link:
         """Queue and flush."""
         self.queue(messages)
         self.flush()
+
+    def place_chunks(self, place: PlaceChunk) -> None:
+        """Have the data of chunks received where `place` says; see `FrameDecoder`. I/O thread."""
+        self.place_chunk = self.decoder.place_chunk = place
+
+    def displace_chunk(self, digest: bytes) -> None:
+        """Drop the chunk being received where `place_chunks` said, if it is of this blob. I/O thread."""
+        self.decoder.displace_chunk(digest)
 
     def close(self, reason: str = "closed here") -> None:
         """Send what is queued, then close; at most `LINGER_S` later. `on_closed` follows, with this reason."""

@@ -450,6 +450,7 @@ class Listener:
             return
         says, link.on_messages, link.on_closed = verdict
         link.decoder = FrameDecoder(says)
+        link.decoder.place_chunk = link.place_chunk
         link.begin_with(opening.handshake.rest)
 
     def _ask(self, link: TlsLink) -> Acceptance | None:

@@ -6,10 +6,12 @@ busy workers, windows) are right after every move. Pure. Rule: if a task may run
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 
 from .ledger import (
     ABANDONED,
+    NODE_AHEAD_S,
     UNKNOWN,
     KillWorker,
     Lane,
@@ -55,7 +57,10 @@ class Placement:
         queue = session.queue_of(task)
         queue.push(task)
         if queue.count == 1:  # behind a longer queue every lane is at its window already, and each outcome looks again
-            self.fill(session)
+            if session.ahead is not None and not session.free:
+                self._fill_ahead(session, session.ahead)
+            if queue.count:
+                self.fill(session)
         elif session.workers + session.starting < session.granted:
             self._staff(session)
 
@@ -72,6 +77,8 @@ class Placement:
         if queue.count or session.pinned:
             for lane in list(session.lanes.values()) if touched is None else touched:
                 self._fill_ahead(session, lane)
+                if not queue.count and not session.pinned:
+                    break
         if session.workers + session.starting < session.granted:
             self._staff(session)
         self.tell_want(session)
@@ -114,6 +121,7 @@ class Placement:
             (queue if run.options is None else session.queue_of(task)).pop()
             if task.claimed or self._is_wanted(task):
                 self._lease(task, lane, estimate_s)
+                session.ahead = lane
 
     def _hand_out(self, task: Task | None, lane: Lane) -> None:
         assert task is not None, "fill asks only while something is queued"
@@ -200,6 +208,8 @@ class Placement:
         session.lanes.pop(lane.peer, None)
         self.lanes.pop((lane.peer, session.no), None)
         session.free.pop(lane, None)
+        if session.ahead is lane:
+            session.ahead = None
         lane.slots = 0
         if lane.is_worker:
             session.workers -= 1
@@ -241,7 +251,7 @@ class Placement:
         self.pool.append(Revoke(lane.peer, first, lane.sent))
 
     def taken_back(self, lane: Lane, started: int) -> list[Task]:
-        """End a revocation: give the tasks that the worker had not started, youngest first; end it if it runs a doomed one."""
+        """End a revocation: give the tasks the worker had not started, youngest first; end it if it runs a doomed one."""
         assert lane.revoke_range is not None
         first, last = lane.revoke_range
         lane.revoke_range = None
@@ -284,13 +294,15 @@ class Placement:
         """Ask back, for idle slots, what a silent node holds beyond its own."""
         if session.queue.count or not session.free:
             return
-        idle = sum(lane.slots - len(lane.leases) for lane in session.free)
+        idle_s = NODE_AHEAD_S * sum(lane.slots - len(lane.leases) for lane in session.free)
         for lane in session.lanes.values():
             ahead = len(lane.leases) - lane.slots
-            if idle > 0 and not lane.is_worker and ahead > 0 and now - lane.since > STALE_S:
-                lane.since = now
-                self.out.append((lane.peer, Recall(session.no, min(idle, ahead))))
-                idle -= ahead
+            if idle_s > 0.0 and not lane.is_worker and ahead > 0 and now - lane.since > STALE_S:
+                each_s = NODE_AHEAD_S if lane.unknown else min(NODE_AHEAD_S, lane.work_s / len(lane.leases) + 1e-6)
+                count = min(ahead, math.ceil(idle_s / each_s))  # short ones by the window, of long ones one for each slot
+                idle_s -= count * each_s
+                lane.since, lane.is_stalled = now, True
+                self.out.append((lane.peer, Recall(session.no, count)))
 
     # ---- asking for slots
 
@@ -299,6 +311,9 @@ class Placement:
         if len(session.lanes) == session.workers:
             return
         waiting = session.queued() or session.want
+        if session.wanted is bool(waiting):
+            return
+        session.wanted = bool(waiting)
         for lane in session.lanes.values():
             if not lane.is_worker and lane.wanted != bool(waiting) and lane.state is LaneState.ACTIVE:
                 lane.wanted = bool(waiting)

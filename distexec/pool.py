@@ -43,7 +43,7 @@ from distexec.messages import (
 )
 from distexec.shipping import BlobStore
 from distexec.starters import Call, ContextStarter, Exit, Starter, TemplateStarter, drain
-from distexec.transport import Link, Loop
+from distexec.transport import Link, Loop, Timer
 from distexec.worker import PAGE_BYTES, WorkerPage, shared_file
 
 FORCE_S = 1.0
@@ -51,6 +51,9 @@ FORCE_S = 1.0
 
 PATIENCE_S = 15.0
 """For the system to end what was killed. Shorter: a busy machine is taken for a broken one."""
+
+TRIALS = 8
+"""Worker starts that a dying template may take along before the pool believes that none can be had."""
 
 LIVE_S = 0.1
 """Between two looks at what running tasks print."""
@@ -110,6 +113,7 @@ class Worker:
         self.exit: Exit | None = None
         self.is_closed = False
         self.kill_reason = ""
+        self.force: Timer | None = None  # its end by force, due
         self.failure: SessionFailed | None = None
         self.unclaimed: dict[bytes, BlobRef] = {}  # blobs it announced, whose outcome has not come yet
 
@@ -300,6 +304,7 @@ class Pool:
         self._captures, self._node = capture, node
         self._workers: dict[int, Worker] = {}  # I/O thread; others read copies
         self._numbers = 0
+        self._trials = 0  # how many workers may yet be started anew after the template was killed; some once one was ready
         self._is_live_armed = False
         self._is_closing = False
         self._is_closed = threading.Event()
@@ -310,7 +315,7 @@ class Pool:
         if context is None:
             self._starter = TemplateStarter(loop, spec, store, self._on_born, self._on_died)
         else:
-            self._starter = ContextStarter(loop, spec, context, initializer, self._on_born, self._on_died)
+            self._starter = ContextStarter(loop, spec, store, context, initializer, self._on_born, self._on_died)
 
     def __repr__(self) -> str:
         return f"<Pool {self._spec.name!r}: {len(self._workers)} workers{', closing' if self._is_closing else ''}>"
@@ -415,6 +420,7 @@ class Pool:
                 return False
             case Ready(pid):
                 worker.pid, worker.is_ready = pid, True
+                self._trials = TRIALS
                 self._owner.worker_ready(worker)
                 return False
             case SessionFailed():
@@ -457,7 +463,8 @@ class Pool:
     def _on_closed(self, worker: Worker) -> None:
         worker.is_closed = True
         if worker.exit is None:
-            self._loop.call_later(FORCE_S, self._kill, worker, "it closed its link to the pool and did not end")
+            worker.force = self._loop.call_later(
+                FORCE_S, self._kill, worker, "it closed its link to the pool and did not end")
         self._finish(worker)
 
     def _on_died(self, number: int, how: Exit) -> None:
@@ -475,12 +482,23 @@ class Pool:
             self._hand_output(worker, worker.output.rest())
         worker.release()
         worker.link.on_messages = worker.link.on_closed = _ignore
+        if worker.force is not None:
+            worker.force.cancel()
         if worker.is_ready:
             self._owner.worker_gone(worker, evidence)
+        elif self._may_try_again(worker.exit):
+            self._start_worker()
         else:
             self._owner.start_failed(evidence, worker.failure.data if worker.failure else worker.exit.failure)
         if self._is_closing and not self._workers:
             self._starter.close(self._end)
+
+    def _may_try_again(self, how: Exit) -> bool:
+        """Whether a start failed for no reason of its own: somebody killed a template that had worked before."""
+        if not how.is_bystander or self._trials == 0 or self._is_closing:
+            return False
+        self._trials -= 1
+        return True
 
     def _evidence(self, worker: Worker, how: Exit) -> Evidence:
         reason = worker.kill_reason or how.reason

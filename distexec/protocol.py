@@ -12,11 +12,11 @@ hence nothing heavy here; the handshake is in `handshake`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from struct import Struct
 from types import UnionType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
@@ -25,7 +25,8 @@ from .messages import Chunk, Message
 if TYPE_CHECKING:
     from .errors import ProtocolError
 
-__all__ = ["FRAME_TARGET_BYTES", "HEADER_BYTES", "MAX_FRAME_BYTES", "FrameDecoder", "encode", "pack"]
+__all__ = ["FRAME_TARGET_BYTES", "HEADER_BYTES", "MAX_FRAME_BYTES", "FrameDecoder", "PlaceChunk", "encode",
+           "pack"]
 
 MAX_FRAME_BYTES = (8 << 20) + 4096
 """The largest frame body. Smaller: a task with several inline buffers does not fit. Larger: a peer can make us hold
@@ -34,30 +35,37 @@ more."""
 FRAME_TARGET_BYTES = 1 << 20
 """A batch above this is sent as several frames. Smaller: more calls. Larger: the receiver starts later on the batch."""
 
-SPARE_BYTES = 512 << 10
-"""The largest frame buffer kept for the next frame. Smaller than a chunk: every chunk takes fresh memory."""
-
 HEADER_BYTES = 4
+
+PLACED_BYTES = 64 << 10
+"""Frames from here on are looked at for a chunk to be received in place. Smaller: more looking than copying."""
+
+PlaceChunk = Callable[[bytes, int, int], "memoryview | None"]
+"""Says where the data of a chunk shall go, by digest, offset and length; None: nowhere in particular."""
 
 _header = Struct(">I")
 _encoder = msgspec.msgpack.Encoder()
+_BIN32 = b"\xc6"
+_CHUNK_START = _encoder.encode((Chunk(bytes(16), 0, b""),))[:-19]  # up to the digest: an offset and no data follow it
+_OFFSET_AT = len(_CHUNK_START) + 16
+_WIDTHS = {0xCC: 1, 0xCD: 2, 0xCE: 4, 0xCF: 8}  # of unsigned integers in msgpack
 _BAD_BYTES = (msgspec.MsgspecError, ValueError, RecursionError, OverflowError, MemoryError)
 """All that hostile bytes can make the decoder raise: wrong types, bad UTF-8, deep nesting, sizes that cannot be had."""
 
 
-def encode(messages: Sequence[Message]) -> bytes | bytearray:
+def encode(messages: Sequence[Message]) -> bytes:
     """Make one frame of the messages. Raises ProtocolError when it would exceed `MAX_FRAME_BYTES`."""
-    if len(messages) == 1 and type(messages[0]) is Chunk:
-        return _encode_in_place(messages)
     body = _encoder.encode(messages)
     return _header.pack(_checked(len(body), messages)) + body
 
 
-def pack(messages: Sequence[Message]) -> list[bytes | bytearray]:
-    """Make frames of the messages, in order: one, or several of about `FRAME_TARGET_BYTES` if they are many and
-    large."""
+def pack(messages: Sequence[Message]) -> list[bytes | memoryview]:
+    """Make frames of the messages, in order: one, or several of about `FRAME_TARGET_BYTES` if they are many and large.
+
+    The pieces returned are to be sent one after the other; a chunk's data is a piece by itself, which saves a copy.
+    """
     if len(messages) == 1:
-        return [encode(messages)]
+        return _pack_chunk(messages[0]) if type(messages[0]) is Chunk else [encode(messages)]
     body = _encoder.encode(messages)
     if len(body) <= FRAME_TARGET_BYTES:
         return [_header.pack(len(body)) + body]
@@ -66,12 +74,11 @@ def pack(messages: Sequence[Message]) -> list[bytes | bytearray]:
     return [frame for start in range(0, count, step) for frame in pack(messages[start:start + step])]
 
 
-def _encode_in_place(messages: Sequence[Message]) -> bytearray:
-    """Encode behind the room for the header: for large messages cheaper than joining the two, for small ones dearer."""
-    frame = bytearray(HEADER_BYTES)
-    _encoder.encode_into(messages, frame, HEADER_BYTES)
-    _header.pack_into(frame, 0, _checked(len(frame) - HEADER_BYTES, messages))
-    return frame
+def _pack_chunk(chunk: Chunk) -> list[bytes | memoryview]:
+    """Encode without the data, and put the length of the data where the encoder put that of none."""
+    size = len(chunk.data)
+    start = _encoder.encode((Chunk(chunk.digest, chunk.offset, b""),))[:-2] + _BIN32 + _header.pack(size)
+    return [_header.pack(_checked(len(start) + size, (chunk,))) + start, memoryview(chunk.data)]
 
 
 def _checked(size_bytes: int, messages: Sequence[Message]) -> int:
@@ -80,6 +87,22 @@ def _checked(size_bytes: int, messages: Sequence[Message]) -> int:
         raise _violation(f"a frame of {size_bytes} bytes ({names}) is above the limit of {MAX_FRAME_BYTES}; "
                             "large bytes must travel as blobs")
     return size_bytes
+
+
+def _read_chunk(size: int, start: memoryview) -> tuple[int, bytes, int, int] | None:
+    """Read what precedes the data in a frame of one Chunk as `_pack_chunk` makes it: its length, digest, offset, length
+    of the data; None if it is anything else, or not all there."""
+    if len(start) < _OFFSET_AT + 1 or start[:len(_CHUNK_START)] != _CHUNK_START:
+        return None
+    width = _WIDTHS.get(start[_OFFSET_AT], 0)
+    at = _OFFSET_AT + 1 + width
+    offset = int.from_bytes(start[at - width:at], "big") if width else start[_OFFSET_AT]
+    if (not width and offset > 0x7F) or len(start) < at + 5 or start[at:at + 1] != _BIN32:
+        return None
+    (length,) = _header.unpack_from(start, at + 1)
+    if at + 5 + length != size:
+        return None
+    return at + 5, bytes(start[len(_CHUNK_START):_OFFSET_AT]), offset, length
 
 
 def _violation(text: str) -> ProtocolError:
@@ -102,15 +125,20 @@ class FrameDecoder:
     A reader that owns its buffer calls `feed`. One that wants to save a copy asks `space` where the rest of a frame
     begun belongs, receives into it and calls `grew`; `space` is None between frames. After a ProtocolError it is of
     no more use.
+
+    The data of a large chunk goes straight to where `place_chunk(digest, offset, length)` says, if that is set and does
+    not say None; the Chunk's `data` is then that memoryview.
     """
 
-    __slots__ = ("_decode", "_filled", "_frame", "_head", "_max_frame_bytes", "_spare")
+    __slots__ = ("_chunk", "_decode", "_filled", "_frame", "_head", "_is_displaced", "_max_frame_bytes", "place_chunk")
 
     def __init__(self, says: UnionType | type, max_frame_bytes: int = MAX_FRAME_BYTES) -> None:
         self._decode = _decoder(says).decode
         self._max_frame_bytes = max_frame_bytes
-        self._frame: bytearray | None = None  # a frame begun, at its full length
-        self._spare = bytearray()  # of the frame before: chunks of a blob have one size, and fresh memory costs a third
+        self.place_chunk: PlaceChunk | None = None
+        self._frame: bytearray | memoryview | None = None  # a frame begun, at its full length; or a chunk's data
+        self._chunk: Chunk | None = None  # what the frame begun is, if it goes where `place_chunk` said
+        self._is_displaced = False  # the frame begun is to be dropped
         self._filled = 0  # how much of it is here
         self._head = b""  # less than a header
 
@@ -131,10 +159,13 @@ class FrameDecoder:
         if self._filled < len(frame):
             return []
         self._frame = None
-        messages = self._messages(frame)
-        if len(frame) <= SPARE_BYTES:
-            self._spare = frame  # decoding copied all of it
-        return messages
+        chunk, self._chunk = self._chunk, None
+        if chunk is not None:
+            return [chunk]
+        if self._is_displaced:
+            self._is_displaced = False
+            return []
+        return self._messages(frame)
 
     def feed(self, data: bytes | bytearray | memoryview) -> list[Message]:
         """Take the next bytes of the stream; return all messages of the frames they complete, in order."""
@@ -164,10 +195,32 @@ class FrameDecoder:
         return messages
 
     def _begin(self, size: int, start: memoryview) -> None:
-        self._frame = self._spare if len(self._spare) == size else bytearray(size)
-        self._spare = bytearray()
-        self._filled = len(start)
-        self._frame[:self._filled] = start
+        at = self._place(size, start)
+        if not at:
+            self._frame = bytearray(size)
+        assert self._frame is not None
+        self._filled = len(start) - at
+        self._frame[:self._filled] = start[at:]
+
+    def _place(self, size: int, start: memoryview) -> int:
+        """If a chunk begins here whose data somebody wants elsewhere, make that the frame; return how much precedes it."""
+        chunk = _read_chunk(size, start) if size >= PLACED_BYTES and self.place_chunk is not None else None
+        if chunk is None:
+            return 0
+        at, digest, offset, length = chunk
+        assert self.place_chunk is not None
+        target = self.place_chunk(digest, offset, length)
+        if target is None:
+            return 0
+        self._frame, self._chunk = target, Chunk(digest, offset, cast("bytes", target))
+        return at
+
+    def displace_chunk(self, digest: bytes) -> None:
+        """Drop the chunk being received if it is of this blob: the space it goes to is used for something else now."""
+        if self._chunk is not None and self._chunk.digest == digest:
+            assert self._frame is not None
+            self._frame, self._chunk = bytearray(len(self._frame)), None
+            self._is_displaced = True
 
     def _messages(self, body: memoryview | bytearray) -> list[Message]:
         try:

@@ -39,7 +39,7 @@ from .messages import (
 from .payload import CallPacker
 from .report import ClusterStatus
 from .scheduler import Scheduler
-from .shipping import BlobStore, map_segment
+from .shipping import BlobStore
 from .supply import LOCAL, Supply, lost_error
 from .transport import Loop
 
@@ -66,7 +66,8 @@ class Root:
         self.retries = retries
         self.loop = Loop("distexec-io")
         self.packer = packer
-        self.store = BlobStore(arena_closed=lambda number: self.supply.arena_closed(number))
+        self.store = BlobStore(arena_closed=lambda number: self.supply.arena_closed(number), keeps_received=True,
+                               wake=self.loop.wake)
         self.scheduler = Scheduler(slots, LOCAL, node_timeout_s=node_timeout_s, claim=_claim)
         self.dispatcher = Dispatcher(self.loop, self.scheduler, on_ended=self._on_ended,
                                      on_failure=lambda _session, peer, failure: self.supply.session_failed(peer, failure))
@@ -108,7 +109,7 @@ class Root:
                 return
             if self._make_pool is not None:
                 self.supply.pool = self.dispatcher.staff[self.session] = self._make_pool(self)
-            self.loop.idle_hooks.append(self._look_for_drop)
+            self.loop.idle_hooks += [self._look_for_drop, self.store.reap]
             self.loop.start()
             self.dispatcher.start()
             self.supply.start()
@@ -376,7 +377,7 @@ class Root:
         if message.kind == OutcomeKind.KILLED:
             where = f" on node {task.node!r}" if task.node else ""
             return None, TaskKilled(f"task {task.run.seq} was ended{where} by future.kill()")
-        buffers = [map_blob(self.store, buffer) if isinstance(buffer, BlobRef) else buffer for buffer in message.buffers]
+        buffers = [self.store.take(buffer) if isinstance(buffer, BlobRef) else buffer for buffer in message.buffers]
         data: Any = message.data
         if not data and buffers:
             data = buffers.pop(0)
@@ -409,14 +410,6 @@ class Root:
         return ClusterStatus(rows, slots, queued, running, sum(self.done.values()), self._failed, self._retried,
                              time.monotonic() - self._began_at, self._run_ns / 1e9)
 
-
-
-def map_blob(store: BlobStore, ref: BlobRef) -> memoryview:
-    """Map a blob privately and give up its reference: the mapping keeps the bytes."""
-    segment = store.segment(ref)
-    view = map_segment(segment.fd, segment.offset, segment.size_bytes)
-    store.release(ref)
-    return view
 
 
 def _claim(task: Task) -> bool:

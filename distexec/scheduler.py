@@ -273,6 +273,7 @@ class Scheduler:
     def _resume_lane(self, lane: Lane) -> None:
         """Use a lane again after its link came back, unless its node is to get nothing more."""
         is_drained = lane.peer in self._drained
+        lane.session.wanted = None
         lane.state = LaneState.DRAINING if is_drained else LaneState.ACTIVE
         self._place.reindex(lane)
         if is_drained and lane.leases:
@@ -292,7 +293,7 @@ class Scheduler:
                 lane.state = LaneState.DRAINING
             if session.failed and not self.slots:
                 session.failed, session.failure = False, None  # this node may be able to
-        lane.window_s, lane.wanted = window_s, False
+        lane.window_s, lane.wanted, session.wanted = window_s, False, None
         lane.defined.clear()
         self._lanes[peer, session.no] = lane
         opened = session.opened
@@ -337,7 +338,7 @@ class Scheduler:
             self._tell_failure(session)
 
     def _tell_failure(self, session: Session) -> None:
-        """Say upward that the session failed once nothing of it runs here; the vertex above takes all it leased for unstarted."""
+        """Say upward that the session failed, once nothing of it runs here: what is leased here then counts as unstarted."""
         failure = session.failure
         if failure is not None and not session.tasks and session.upstream is not None and not session.reconciling:
             session.failure = None
@@ -419,7 +420,7 @@ class Scheduler:
         if task is None or task.run.attempt != message.attempt:
             self._late(lane, message)
             return
-        lane.since = now
+        lane.since, lane.is_stalled = now, False
         self._place.unlease(task)
         if lane.revoke_end is not None:
             self._place.passed_revocation(lane, message.seq, message.attempt)

@@ -29,7 +29,7 @@ def demand(session: Session, slots: int, now: float) -> int:
 
 
 def targets(slots: int, sessions: Sequence[Session], now: float) -> dict[Session, int]:
-    """Divide `slots`: first up to each session's demand, then, if some are left, up to its ceiling; by weight, one by one."""
+    """Divide `slots`: first up to each session's demand, then, if some are left, to its ceiling; by weight, one by one."""
     shares = dict.fromkeys(sessions, 0)
     if len(sessions) == 1:
         only = sessions[0]
@@ -66,7 +66,7 @@ def _settle_up(sessions: Sequence[Session], wanted: dict[Session, int], now: flo
 
 
 def cap(session: Session, nodes: Sequence[Lane]) -> None:
-    """Use no more of the slots that nodes offer than the session's ceiling, earlier nodes first; sets `slots` and `capped`."""
+    """Use no more of the slots that nodes offer than the ceiling, earlier nodes first; sets `slots` and `capped`."""
     usable = {lane: min(lane.offered, lane.limit) for lane in nodes}
     session.capped = False
     if not session.ceiling:

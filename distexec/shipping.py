@@ -16,8 +16,9 @@ import os
 import threading
 import weakref
 from bisect import insort
+from collections import deque
 from collections.abc import Callable, Iterable
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from distexec.messages import BlobRef
@@ -37,6 +38,9 @@ speed). Larger: memory that nobody uses."""
 
 COPY_BYTES = 512 << 10
 """Copied, then hashed while the processor's cache still holds it. Larger: the hash reads from memory again."""
+
+MAX_BLOB_BYTES = 1 << 40
+"""Larger: address space that no machine has could be asked for by a peer. Smaller: somebody's array does not fit."""
 
 _PAGE = mmap.ALLOCATIONGRANULARITY
 _MADV_POPULATE_WRITE = 23  # Linux 5.14, not in the mmap module: private copies of all pages in one call
@@ -61,7 +65,15 @@ def map_segment(fd: int, offset: int, size_bytes: int) -> memoryview:
     return _map(fd, offset, size_bytes, mmap.MAP_PRIVATE)
 
 
-def _map(fd: int, offset: int, size_bytes: int, flags: int) -> memoryview:
+def _new_memory(size_bytes: int) -> memoryview:
+    view = _map(-1, 0, size_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if size_bytes and hasattr(mmap, "MADV_HUGEPAGE"):
+        _advise(view, mmap.MADV_HUGEPAGE)  # new small pages take longer to get than to fill
+    return view
+
+
+def _map(fd: int, offset: int, size_bytes: int, flags: int,
+         unmapped: Callable[[], object] | None = None) -> memoryview:
     if size_bytes == 0:
         return memoryview(bytearray())
     # Not mmap.mmap: before Python 3.13 it keeps a descriptor per mapping, and a list of 1,000 arrays would run out.
@@ -71,8 +83,15 @@ def _map(fd: int, offset: int, size_bytes: int, flags: int) -> memoryview:
         raise OSError(ctypes.get_errno(), f"cannot map {size_bytes:,} bytes: {os.strerror(ctypes.get_errno())}")
     pages = (ctypes.c_ubyte * size_bytes).from_address(address)
     # Objects made from it may still be read while the interpreter ends; the kernel unmaps what is left.
-    weakref.finalize(pages, libc.munmap, address, size_bytes).atexit = False
+    weakref.finalize(pages, _unmap, libc.munmap, address, size_bytes, unmapped).atexit = False
     return memoryview(pages).cast("B")
+
+
+def _unmap(munmap: Callable[[int, int], object], address: int, size_bytes: int,
+           unmapped: Callable[[], object] | None) -> None:
+    munmap(address, size_bytes)
+    if unmapped is not None:
+        unmapped()
 
 
 @cache
@@ -136,11 +155,44 @@ class Segment(NamedTuple):
     arena: int
 
 
+_forks = 0
+"""How often this process has forked. A child goes on seeing the files that its parent had mapped."""
+
+
+def _count_fork() -> None:
+    global _forks
+    _forks += 1
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_count_fork)
+
+
+class _Loan:
+    """A file that its owner wants to use again: who still sees it, and whether a forked child might for ever."""
+
+    __slots__ = ("holders", "is_lost", "returned")
+
+    def __init__(self, returned: Callable[[bool], object]) -> None:
+        self.returned = returned
+        self.holders = 1  # the arena; mappings add themselves
+        self.is_lost = False
+
+
+def _note_unmapped(unmapped: deque[tuple[_Loan, int]], wakers: list[Callable[[], object]], loan: _Loan,
+                   forks: int) -> None:
+    """Remember, in a finalizer, which may run anywhere, that a mapping is gone; no lock is taken."""
+    unmapped.append((loan, forks))
+    for wake in wakers:
+        wake()
+
+
 class _Arena:
     """One shared-memory file and its free space, kept as sorted, merged (offset, size) spans of whole pages."""
 
     def __init__(self, number: int, fd: int, file_bytes: int, *, sole: bool = False) -> None:
         self.number, self.fd, self.file_bytes, self.sole = number, fd, file_bytes, sole
+        self.loan: _Loan | None = None
         self.copying = 0  # threads that write to `fd` right now, so it must stay open
         self.live_bytes = 0
         capacity = _pages(file_bytes)
@@ -200,16 +252,34 @@ class _Blob:
         self.references = 1
 
 
+class _Received:
+    """A blob in memory of this process alone, and how many references are held to it."""
+
+    __slots__ = ("ref", "references", "view")
+
+    def __init__(self, ref: BlobRef, view: memoryview) -> None:
+        self.ref, self.view, self.references = ref, view, 1
+
+
 class BlobStore:
     """The blobs of one process: each digest once, counted, in shared memory that other processes can map.
 
     All methods may be called from any thread, though not from a finalizer. `arena_closed(number)` is called, without a
     lock held, when an arena is gone, so that whoever was given its descriptor can be told.
+
+    With `keeps_received`, what comes in by `writer` is in memory of this process alone, to be had by `take`: for the end
+    of the way. It is not found by its digest, and who gives up a reference to bytes that are here twice gives up one to
+    those, so others see to it that shared ones stay. `wake` is called, in finalizers, when `reap` has something to do.
     """
 
-    def __init__(self, arena_closed: Callable[[int], object] | None = None) -> None:
+    def __init__(self, arena_closed: Callable[[int], object] | None = None, *, keeps_received: bool = False,
+                 wake: Callable[[], object] | None = None) -> None:
         self._arena_closed = arena_closed
+        self._keeps_received = keeps_received
+        self._unmapped: deque[tuple[_Loan, int]] = deque()  # appended to by finalizers
+        self._wakers = [wake] if wake is not None else []
         self._lock = threading.Lock()  # guards all below; never held while bytes are copied or hashed
+        self._received: dict[bytes, _Received] = {}
         self._blobs: dict[bytes, _Blob] = {}
         self._samples: dict[tuple[int, bytes], int] = {}
         self._arenas: list[_Arena] = []
@@ -242,15 +312,19 @@ class BlobStore:
         self._end_copy(arena)
         return self._publish(BlobRef(digest, len(source)), arena, offset, sample)
 
-    def adopt(self, fd: int, size_bytes: int, digest: bytes | None = None) -> BlobRef:
+    def adopt(self, fd: int, size_bytes: int, digest: bytes | None = None,
+              returned: Callable[[bool], object] | None = None) -> BlobRef:
         """Take over a shared-memory file, descriptor and all, as a blob; the caller holds a reference.
 
-        Nobody may write to the file any more. `digest` saves hashing it. Raises ValueError if the file is too short.
+        Nobody may write to the file any more; with `returned`, not until that is called, without a lock held: with True
+        once nobody here sees the file any more, with False if a forked child may. `digest` saves hashing it. Raises
+        ValueError if the file is too short; the file is then not returned.
         """
         try:
             if os.fstat(fd).st_size < size_bytes:
                 raise ValueError(f"a shared-memory file said to hold {size_bytes:,} bytes is shorter")
             arena = self._add_arena(fd, size_bytes, sole=True, reserve=_pages(size_bytes))
+            arena.loan = _Loan(returned) if returned is not None else None
         except BaseException:
             os.close(fd)
             raise
@@ -260,21 +334,16 @@ class BlobStore:
 
     def writer(self, ref: BlobRef) -> BlobWriter:
         """Return a writer for a blob that arrives in pieces. Raises OSError when there is no memory for it."""
-        if ref.size_bytes < 0:
-            raise ValueError(f"a blob cannot have {ref.size_bytes} bytes")
-        # A file of its own: the client maps it and forgets it, and its array may live for as long as it likes.
-        fd = shared_file()
-        try:
-            os.ftruncate(fd, _pages(ref.size_bytes))
-        except OSError:
-            os.close(fd)
-            raise
-        return BlobWriter(self, ref, fd)
+        if not 0 <= ref.size_bytes <= MAX_BLOB_BYTES:
+            raise ValueError(f"a blob cannot have {ref.size_bytes:,} bytes")
+        if self._keeps_received:
+            return BlobWriter(self, ref, _new_memory(ref.size_bytes))
+        return BlobWriter(self, ref, None, *self._allocate(ref.size_bytes))
 
     def retain(self, ref: BlobRef) -> None:
         """Hold one more reference. Raises KeyError if the blob is not here."""
         with self._lock:
-            self._blobs[ref.digest].references += 1
+            (self._received.get(ref.digest) or self._blobs[ref.digest]).references += 1
 
     def retain_if_here(self, ref: BlobRef) -> bool:
         """Hold one more reference if the blob is here; False if it is not."""
@@ -288,6 +357,12 @@ class BlobStore:
     def release(self, ref: BlobRef) -> None:
         """Drop one reference; the last one frees the space. A store that was closed has nothing left to free."""
         with self._lock:
+            received = self._received.get(ref.digest)
+            if received is not None:
+                received.references -= 1
+                if not received.references:
+                    del self._received[ref.digest]
+                return
             blob = self._blobs.get(ref.digest)
             if blob is None:
                 if self._closed:
@@ -313,8 +388,57 @@ class BlobStore:
     def view(self, ref: BlobRef) -> memoryview:
         """Return the blob's bytes, read-only; good while a reference is held. Raises KeyError if it is not here."""
         with self._lock:
+            received = self._received.get(ref.digest)
+            if received is not None:
+                return received.view.toreadonly()
             blob = self._blobs[ref.digest]
             return blob.arena.view()[blob.offset:blob.offset + ref.size_bytes].toreadonly()
+
+    def take(self, ref: BlobRef) -> memoryview:
+        """Return the bytes, writable and the caller's for as long as it likes, for the caller's reference.
+
+        Not copied if they were received, and nobody else wants them, or adopted. Raises KeyError if the blob is not here,
+        OSError if there is no memory; the reference is then still held.
+        """
+        with self._lock:
+            received = self._received.get(ref.digest)
+            if received is not None and received.references == 1:
+                return self._received.pop(ref.digest).view
+            arena = None if received is not None else self._blobs[ref.digest].arena
+        if arena is not None and arena.sole:
+            view = self._map_adopted(arena, ref.size_bytes)
+        else:
+            view = _new_memory(ref.size_bytes)
+            view[:] = self.view(ref)
+        self.release(ref)
+        return view
+
+    def _map_adopted(self, arena: _Arena, size_bytes: int) -> memoryview:
+        loan = arena.loan
+        if loan is None:
+            return map_segment(arena.fd, 0, size_bytes)
+        with self._lock:
+            loan.holders += 1
+        unmapped = partial(_note_unmapped, self._unmapped, self._wakers, loan, _forks)
+        try:
+            return _map(arena.fd, 0, size_bytes, mmap.MAP_PRIVATE, unmapped)
+        except OSError:
+            unmapped()
+            raise
+
+    def reap(self) -> None:
+        """Return the files whose last mapping is gone to those they are on loan from."""
+        while self._unmapped:
+            loan, forks = self._unmapped.popleft()
+            loan.is_lost = loan.is_lost or forks != _forks
+            self._let_go(loan)
+
+    def _let_go(self, loan: _Loan) -> None:
+        with self._lock:
+            loan.holders -= 1
+            is_last = not loan.holders
+        if is_last:
+            loan.returned(not loan.is_lost)
 
     def trim(self) -> None:
         """Give all freed memory back to the system, for a time when nothing goes on."""
@@ -333,7 +457,9 @@ class BlobStore:
             arenas = [arena for arena in self._arenas if not arena.copying]  # the rest: `_end_copy`
             self._arenas = [arena for arena in self._arenas if arena.copying]
             self._blobs.clear()
+            self._received.clear()
             self._samples.clear()
+        self._wakers.clear()  # what is still mapped must not keep whom they would wake
         self._close_arenas(arenas)
 
     def _publish(self, ref: BlobRef, arena: _Arena, offset: int, sample: tuple[int, bytes] | None) -> BlobRef:
@@ -351,6 +477,18 @@ class BlobStore:
         self._free(arena, offset, ref.size_bytes)
         return ref
 
+    def _keep(self, ref: BlobRef, view: memoryview) -> BlobRef:
+        """Make received bytes a blob of this process alone."""
+        with self._lock:
+            if self._closed:
+                raise ValueError("the blob store is closed")
+            known = self._received.get(ref.digest)
+            if known is None:
+                self._received[ref.digest] = _Received(ref, view)
+            else:
+                known.references += 1
+        return ref
+
     def _forget_sample(self, sample: tuple[int, bytes] | None) -> None:
         if sample is None:
             return
@@ -359,6 +497,7 @@ class BlobStore:
             del self._samples[sample]
 
     def _allocate(self, size_bytes: int) -> tuple[_Arena, int]:
+        """Find space to copy to; `_end_copy` must follow, then `_publish` or `_free`."""
         size = _pages(size_bytes)
         with self._lock:
             if self._closed:
@@ -367,10 +506,11 @@ class BlobStore:
                 if not arena.sole and (offset := arena.allocate(size)) is not None:
                     arena.copying += 1
                     return arena, offset
+        file_bytes = max(size, ARENA_BYTES)
         fd = shared_file()
         try:
-            os.ftruncate(fd, max(size, ARENA_BYTES))
-            arena = self._add_arena(fd, max(size, ARENA_BYTES), reserve=size, copying=1)
+            os.ftruncate(fd, file_bytes)
+            arena = self._add_arena(fd, file_bytes, reserve=size, copying=1)
         except BaseException:
             os.close(fd)
             raise
@@ -423,18 +563,22 @@ class BlobStore:
             arena.close()
             if self._arena_closed is not None:
                 self._arena_closed(arena.number)
+            if arena.loan is not None:
+                self._let_go(arena.loan)
 
 
 class BlobWriter:
     """Receives a blob piece by piece, in order, and makes it a blob of the store once complete and verified."""
 
-    def __init__(self, store: BlobStore, ref: BlobRef, fd: int) -> None:
+    def __init__(self, store: BlobStore, ref: BlobRef, memory: memoryview | None, arena: _Arena | None = None,
+                 offset: int = 0) -> None:
         import xxhash
 
         self.ref = ref
         self.written_bytes = 0
-        self._store = store
-        self._fd = fd
+        self._store, self._memory, self._arena, self._offset = store, memory, arena, offset
+        self._space: memoryview | None = None
+        self._ended = False
         self._hash: xxhash.xxh3_128 = xxhash.xxh3_128()
 
     def __repr__(self) -> str:
@@ -445,11 +589,36 @@ class BlobWriter:
         """Is every byte here?"""
         return self.written_bytes == self.ref.size_bytes
 
+    def space(self, offset: int, size_bytes: int) -> memoryview | None:
+        """Return where the next piece may be put by its receiver, to be given to `write` then; None: not in place."""
+        if offset != self.written_bytes or offset + size_bytes > self.ref.size_bytes or self._ended:
+            return None
+        if self._memory is not None:
+            self._space = self._memory[offset:offset + size_bytes]
+        else:
+            self._space = self._arena_space(offset, size_bytes)
+        return self._space
+
+    def _arena_space(self, offset: int, size_bytes: int) -> memoryview | None:
+        assert self._arena is not None
+        start = self._offset + offset
+        try:
+            os.posix_fallocate(self._arena.fd, start, size_bytes)  # or a lack of memory would kill the process
+        except (OSError, AttributeError):  # no memory: `write` will say so; a system that cannot: `write` can
+            return None
+        return self._arena.view()[start:start + size_bytes]
+
     def write(self, offset: int, piece: bytes | memoryview) -> None:
         """Add the next piece. Raises ValueError if it is not the next or too long, OSError if there is no memory."""
         if offset != self.written_bytes or offset + len(piece) > self.ref.size_bytes:
             raise ValueError(f"a piece of {len(piece):,} bytes at {offset:,} does not follow {self!r}")
-        _write_at(self._fd, memoryview(piece), offset)
+        if piece is self._space:
+            self._space = None
+        elif self._memory is not None:
+            self._memory[offset:offset + len(piece)] = piece
+        else:
+            assert self._arena is not None
+            _write_at(self._arena.fd, memoryview(piece), self._offset + offset)
         self._hash.update(cast("bytes", piece))
         self.written_bytes += len(piece)
 
@@ -458,14 +627,21 @@ class BlobWriter:
         if not self.is_complete or self._hash.digest() != self.ref.digest:
             self.abandon()
             raise ValueError(f"the bytes received are not those that digest {self.ref.digest.hex()} names")
-        fd, self._fd = self._fd, -1
-        return self._store.adopt(fd, self.ref.size_bytes, self.ref.digest)
+        self._ended = True
+        if self._memory is not None:
+            return self._store._keep(self.ref, self._memory)
+        assert self._arena is not None
+        self._store._end_copy(self._arena)
+        return self._store._publish(self.ref, self._arena, self._offset, None)
 
     def abandon(self) -> None:
-        """Drop what was received."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        """Drop what was received; nothing may be put into `space` any more."""
+        if self._ended:
+            return
+        self._ended = True
+        if self._arena is not None:
+            self._store._end_copy(self._arena)
+            self._store._free(self._arena, self._offset, self.ref.size_bytes)
 
 
 def _pages(size_bytes: int) -> int:

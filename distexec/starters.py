@@ -43,6 +43,7 @@ class Exit(NamedTuple):
     signal: int = 0
     reason: str = ""
     failure: bytes = b""  # the packed exception that kept it from starting
+    is_bystander: bool = False  # it was killed because the template was
 
 
 class Starter(Protocol):
@@ -115,7 +116,8 @@ class TemplateStarter:
         for number, pid in left.items():
             if pid:
                 template.end_tree(pid)
-            self._died(number, Exit(reason=f"the process that it was forked from {how}, and it was killed too"))
+            reason = f"the process that it was forked from {how}, and it was killed too"
+            self._died(number, Exit(reason=reason, is_bystander=True))
         if self._on_closed is not None:
             self._on_closed()
 
@@ -191,33 +193,43 @@ class _Template:
 
 
 class ContextStarter:
-    """Starts workers as processes of a multiprocessing context, so that what only inheritance carries reaches them."""
+    """Starts workers as processes of a multiprocessing context, so that what only inheritance carries reaches them.
 
-    def __init__(self, loop: Loop, spec: SessionSpec, context: BaseContext, initializer: Call | None, born: Born,
-                 died: Died) -> None:
-        self._loop, self._context, self._initializer, self._born, self._died = loop, context, initializer, born, died
+    A template is their guardian: it forks nothing, but ends them and what their tasks started when this process dies.
+    """
+
+    def __init__(self, loop: Loop, spec: SessionSpec, store: BlobStore, context: BaseContext, initializer: Call | None,
+                 born: Born, died: Died) -> None:
+        self._loop, self._store, self._context, self._initializer = loop, store, context, initializer
+        self._born, self._died = born, died
         self._environ = environment(spec) if spec.environ else {}
+        self._guardian: _Template | None = None
         self._processes: dict[int, Any] = {}
-        self._lifelines: dict[int, socket.socket] = {}
         self._exit_fds: dict[int, int] = {}
+        self._on_closed: Callable[[], object] | None = None
 
     def start(self, number: int, link: socket.socket, page_fd: int, outputs: tuple[int, int] | None) -> None:
         """Start the process; whatever pickling its arguments raises is reported as its death."""
-        fds = [Descriptor(fd) for fd in (page_fd, *(outputs or ()))]
+        if self._guardian is None:
+            self._guardian = _Template(
+                self._loop, SessionSpec(environ=self._environ), self._store, _nothing_to_report, self._on_guardian_gone)
+        ours, theirs = socket.socketpair()
+        _lifelines.add(ours)
         try:
-            ours, theirs = socket.socketpair()
-            self._lifelines[number] = ours
-            _lifelines.add(ours)
-            with theirs:
-                process = self._context.Process(  # type: ignore[attr-defined]
-                    target=run_in_context, args=(link, theirs, fds, self._environ, self._initializer),
-                    name=f"distexec-worker-{number}")
-                process.start()
+            self._start(number, (link, theirs, [Descriptor(fd) for fd in (page_fd, *(outputs or ()))]))
+            self._guardian.tell(template.Watch(self._processes[number].pid), [ours.fileno()])
         except Exception as error:  # the user's objects may raise anything; start_failed tells whoever waits
-            self._cut(number)
             reason = f"the worker process could not be started: {type(error).__name__}: {error}"
             self._died(number, Exit(reason=reason, failure=payload.CallUnpacker().pack_error(error)))
-            return
+        finally:
+            _lifelines.discard(ours)
+            ours.close()
+            theirs.close()
+
+    def _start(self, number: int, arguments: tuple[Any, ...]) -> None:
+        process = self._context.Process(  # type: ignore[attr-defined]
+            target=run_in_context, args=(*arguments, self._environ, self._initializer), name=f"distexec-worker-{number}")
+        process.start()
         self._processes[number] = process
         self._born(number, process.pid)
         exit_fd = watch_exit(self._loop, process.pid, partial(self._on_exit, number))
@@ -232,19 +244,22 @@ class ContextStarter:
             template.end_tree(self._processes[number].pid)
 
     def close(self, on_closed: Callable[[], object]) -> None:
-        """Kill what is left; there is nothing else to close."""
+        """Kill what is left, and let the guardian go."""
         for number in list(self._processes):
             self.end(number)
-        on_closed()
+        self._on_closed = on_closed
+        if self._guardian is None:
+            on_closed()
+        else:
+            self._guardian.close()
 
-    def _cut(self, number: int) -> None:
-        lifeline = self._lifelines.pop(number, None)
-        if lifeline is not None:
-            _lifelines.discard(lifeline)
-            lifeline.close()
+    def _on_guardian_gone(self, _exitcode: int | None) -> None:
+        """As asked; or it was killed, which breaks its workers' lifelines, and so kills them."""
+        self._guardian = None
+        if self._on_closed is not None:
+            self._on_closed()
 
     def _on_exit(self, number: int) -> None:
-        self._cut(number)
         process = self._processes.pop(number)
         exit_fd = self._exit_fds.pop(number, None)
         self._loop.unwatch(process.sentinel if exit_fd is None else exit_fd)
@@ -257,14 +272,18 @@ class ContextStarter:
         self._died(number, Exit(code if code is None or code >= 0 else None, max(0, -(code or 0))))
 
 
+def _nothing_to_report(_report: object) -> None:
+    """Take a guardian's reports, of which there are none: it forks nothing."""
+
+
 Call = tuple[Callable[..., object], tuple[Any, ...]]
 
 _lifelines: set[socket.socket] = set()
-"""This process's ends of its context workers' lifelines, all pools together."""
+"""Lifelines' ends on their way to a guardian, all pools together."""
 
 
 def _let_go_in_child() -> None:
-    """In a forked child: the lifelines must break with the parent."""
+    """In a forked child: a lifeline must break with the guardian, hence nobody else may hold its end."""
     while _lifelines:
         _lifelines.pop().close()
 
@@ -272,10 +291,10 @@ def _let_go_in_child() -> None:
 os.register_at_fork(after_in_child=_let_go_in_child)
 
 
-def die_with_client(lifeline: socket.socket) -> None:
+def die_with_guardian(lifeline: socket.socket) -> None:
     """Have this process killed by the kernel, whatever it is doing, when the other end of the lifeline closes (Linux).
 
-    Not by PR_SET_PDEATHSIG: a process of the forkserver outlives the client together with its server.
+    That end is the guardian's. Not by PR_SET_PDEATHSIG: our parent is another process, or a thread that may end.
     """
     if hasattr(fcntl, "F_SETSIG"):
         fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
@@ -305,7 +324,7 @@ class Descriptor:
 def run_in_context(link: socket.socket, lifeline: socket.socket, fds: list[Descriptor], environ: dict[str, str],
                    initializer: Call | None) -> None:
     """Be a worker in a process that multiprocessing started; SystemExit if its initializer raised."""
-    die_with_client(lifeline)
+    die_with_guardian(lifeline)
     os.environ.update(environ)
     for name in _SECRET_VARIABLES:
         os.environ.pop(name, None)

@@ -5,7 +5,8 @@
 
 It runs in a session of its own, so no terminal signal reaches it or its workers, and it is the reaper of its orphans.
 The rule: when its pool's process dies or closes the control link, it kills every descendant until none is left, then
-exits. It never runs user code itself and never starts a thread; a forked worker finds nothing half-done.
+exits. For workers that a multiprocessing context started it is the guardian only. It never runs user code itself and
+never starts a thread; a forked worker finds nothing half-done.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import select
 import selectors
 import signal
 import socket
@@ -54,6 +56,15 @@ class End(Struct, frozen=True, array_like=True, tag=3, gc=False):
     number: int
 
 
+class Watch(Struct, frozen=True, array_like=True, tag=4, gc=False):
+    """Pool to template: guard process `pid`, which somebody else started; with it comes our end of its lifeline.
+
+    When the pool goes the process is killed with all that descends from it; when we go, the lifeline breaks.
+    """
+
+    pid: int
+
+
 class Forked(Struct, frozen=True, array_like=True, tag=10, gc=False):
     """Template to pool: worker `number` is process `pid`."""
 
@@ -70,7 +81,7 @@ class Exited(Struct, frozen=True, array_like=True, tag=11, gc=False):
     reason: str = ""
 
 
-ToTemplate = Segment | Prepare | Fork | End
+ToTemplate = Segment | Prepare | Fork | End | Watch
 FromTemplate = Forked | Exited
 
 
@@ -80,12 +91,14 @@ def main(control_fd: int, parent: int) -> NoReturn:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
     status = 1
+    template = _Template(socket.socket(fileno=control_fd), parent)
     try:
-        _Template(socket.socket(fileno=control_fd), parent).run()
+        template.run()
         status = 0
     except (EOFError, ConnectionError):
         status = 0  # the pool went: what it wanted of us ends with it
     finally:
+        template.end_watched()
         end_descendants()
         os._exit(status)
 
@@ -95,6 +108,7 @@ class _Template:
         self._link = BlockingLink(control, ToTemplate)
         self._parent = parent
         self._pids: dict[int, int] = {}  # worker pid → number
+        self._watched: dict[int, int] = {}  # lifeline → pid
         self._spec = SessionSpec()
         self._unpacker = payload.CallUnpacker()
         self._initializer: worker.Initializer | None = None
@@ -121,6 +135,21 @@ class _Template:
                         self._act(message)
                 elif key.fileobj is self._woken:
                     self._reap()
+                elif key.fd in self._watched:  # it ended
+                    self._selector.unregister(key.fd)
+                    del self._watched[key.fd]
+                    os.close(key.fd)
+
+    def end_watched(self) -> None:
+        """Kill the processes watched, and what descends from them, as far as they are still what they were."""
+        with contextlib.suppress(EOFError, ConnectionError):  # the pool may have gone before we heard all it had to say
+            while select.select([self._link], [], [], 0)[0]:
+                for message in self._link.receive():
+                    if isinstance(message, Watch):
+                        self._act(message)
+        for lifeline, pid in self._watched.items():
+            if not select.select([lifeline], [], [], 0)[0]:
+                end_tree(pid)
 
     def _act(self, message: ToTemplate) -> None:
         match message:
@@ -139,6 +168,10 @@ class _Template:
             case End(number):
                 for pid in [pid for pid, known in self._pids.items() if known == number]:
                     end_tree(pid)
+            case Watch(pid):
+                lifeline = self._link.received_fds.popleft()
+                self._watched[lifeline] = pid
+                self._selector.register(lifeline, selectors.EVENT_READ)
 
     def _fork(self, number: int, fds: list[int]) -> None:
         try:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol, cast
 
 from distexec.messages import BlobRef, Chunk, Credit, Fetch, Message, Missing
+from distexec.protocol import PlaceChunk
 from distexec.shipping import BlobStore, BlobWriter
 
 __all__ = ["ChunkLink", "Transfers"]
@@ -42,14 +43,21 @@ class ChunkLink(Protocol):
     def send(self, messages: Sequence[Message], /) -> object:
         """Queue messages and send what the socket takes."""
 
+    def place_chunks(self, place: PlaceChunk, /) -> object:
+        """Have chunks' data received where `place` says."""
+
+    def displace_chunk(self, digest: bytes, /) -> object:
+        """Drop the chunk of this blob that is being received where `place` said."""
+
 
 class _Sending:
     """A blob on its way out: `sent` bytes queued, of which the receiver may have up to `allowed`."""
 
-    __slots__ = ("allowed", "ref", "sent")
+    __slots__ = ("allowed", "ref", "sent", "view")
 
-    def __init__(self, ref: BlobRef) -> None:
-        self.ref, self.sent, self.allowed = ref, 0, WINDOW_BYTES
+    def __init__(self, ref: BlobRef, view: memoryview) -> None:
+        # Not copied: the reference is held until the receiver has credited the last byte, so the view stays good.
+        self.ref, self.view, self.sent, self.allowed = ref, view, 0, WINDOW_BYTES
 
 
 class _Receiving:
@@ -79,6 +87,7 @@ class Transfers:
         self._turns: deque[_Sending] = deque()  # those that may send more
         self._receiving: dict[bytes, _Receiving] = {}
         self._retrying = False
+        link.place_chunks(self._place)
 
     def __repr__(self) -> str:
         return f"<Transfers: {len(self._sending)} out, {len(self._receiving)} in>"
@@ -134,7 +143,7 @@ class Transfers:
         if not self._store.retain_if_here(ref):
             self._link.send([Missing(ref.digest)])
             return
-        sending = self._sending[ref.digest] = _Sending(ref)
+        sending = self._sending[ref.digest] = _Sending(ref, self._store.view(ref))
         self._turns.append(sending)
         self._pump()
 
@@ -173,11 +182,13 @@ class Transfers:
     def _next_chunk(self, sending: _Sending) -> Chunk:
         start = sending.sent
         sending.sent = min(start + CHUNK_BYTES, sending.allowed, sending.ref.size_bytes)
-        # Not copied: the reference is held until the receiver has credited the last byte, so the view stays good.
-        view = self._store.view(sending.ref)[start:sending.sent]
-        return Chunk(sending.ref.digest, start, cast("bytes", view))
+        return Chunk(sending.ref.digest, start, cast("bytes", sending.view[start:sending.sent]))
 
     # ---- the receiving side
+
+    def _place(self, digest: bytes, offset: int, size_bytes: int) -> memoryview | None:
+        receiving = self._receiving.get(digest)
+        return None if receiving is None else receiving.writer.space(offset, size_bytes)
 
     def _on_chunk(self, message: Chunk) -> None:
         receiving = self._receiving.get(message.digest)
@@ -210,6 +221,7 @@ class Transfers:
         receiving = self._receiving.pop(digest, None)
         if receiving is None:
             return  # it arrived or failed before
+        self._link.displace_chunk(digest)
         receiving.writer.abandon()
         for _, on_failed in receiving.waiting:
             on_failed(receiving.writer.ref, reason)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import shutil
 import tempfile
@@ -16,6 +17,9 @@ from tests import leaks
 settings.register_profile("distexec", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
 settings.load_profile("distexec")
 
+EXIT_S = 60.0
+"""How long the interpreter may take to end after the last test, before it says where it hangs and fails."""
+
 WITH_PROCESSES = {Path(__file__).parent / name for name in ("system", "contract")}
 
 
@@ -29,6 +33,12 @@ def pytest_configure(config: pytest.Config) -> None:
         del os.environ[name]  # the developer's own cluster is not to be tested on
     os.environ["XDG_CONFIG_HOME"] = os.path.join(directory, "pytest-of-config")
     leaks.adopt_orphans()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure() -> None:
+    """Let the interpreter end: an executor that a failed test left behind must not keep CI waiting for ever."""
+    faulthandler.dump_traceback_later(EXIT_S, exit=True)
 
 
 @pytest.fixture(autouse=True)

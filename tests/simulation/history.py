@@ -18,7 +18,8 @@ from dataclasses import dataclass, field, fields
 from distexec.messages import Options
 
 from .checker import Checker
-from .world import Cable, Call, Root, Vertex, Violation, World
+from .vertices import Root, Vertex
+from .world import Cable, Call, Violation, World
 
 LOCAL, AGENTS, TREE = "local", "agents", "tree"
 CALM, SHORT_CUTS, WILD, STORM = "calm", "short cuts", "wild", "storm"
@@ -69,8 +70,10 @@ class Total:
         return Total(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(Total)))
 
     def __str__(self) -> str:
-        return (f"{self.histories} histories, {self.steps} events, {self.checks} scheduler steps checked, {self.calls} calls, "
-                f"{self.begun} attempts begun, {len(self.failures)} failures")
+        return (
+            f"{self.histories} histories, {self.steps} events, {self.checks} scheduler steps checked, {self.calls} calls, "
+            f"{self.begun} attempts begun, {len(self.failures)} failures"
+        )
 
 
 def play_shard(seeds: Sequence[int]) -> Total:
@@ -90,7 +93,7 @@ def play_shard(seeds: Sequence[int]) -> Total:
 
 def play_shards(seeds: Sequence[int], size: int = 50) -> Iterator[Total]:
     """Play histories on all processors, `size` at a time; give what each shard came to as it ends."""
-    shards = [seeds[at:at + size] for at in range(0, len(seeds), size)]
+    shards = [seeds[at : at + size] for at in range(0, len(seeds), size)]
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
         yield from pool.imap_unordered(play_shard, shards)
 
@@ -100,14 +103,19 @@ class _Story:
         self.world = world = World(seed)
         self.random = random = world.random
         self.shape = shape or random.choice((LOCAL, AGENTS, AGENTS, TREE, TREE))
-        self.mood = mood or (random.choice((CALM, WILD, WILD)) if self.shape == LOCAL else random.choice(
-            (CALM, SHORT_CUTS, WILD, WILD, STORM, STORM)))
+        self.mood = mood or (
+            random.choice((CALM, WILD, WILD))
+            if self.shape == LOCAL
+            else random.choice((CALM, SHORT_CUTS, WILD, WILD, STORM, STORM))
+        )
         self.checker = Checker(world)
         self.checker.is_calm = self.mood == CALM
         self.trouble_s = random.choice((0.05, 0.2, 0.5, 1.5))
         world.tick_s = random.choice((0.005, 0.020, 0.040))
         world.latency_s = random.choice(((0.00002, 0.0002), (0.0001, 0.002), (0.001, 0.02)))
-        world.node_timeout_s = {WILD: random.choice((0.03, 0.15, 1.0)), STORM: random.choice((0.02, 0.1))}.get(self.mood, 1.0)
+        world.node_timeout_s = {WILD: random.choice((0.03, 0.15, 1.0)), STORM: random.choice((0.02, 0.1))}.get(
+            self.mood, 1.0
+        )
         world.absence = random.choice((0.0, 0.0, 0.5))
         self.uses_pins = random.random() < 0.3
         self.uses_limits = random.random() < 0.3
@@ -124,9 +132,14 @@ class _Story:
         has_workers = self.shape == LOCAL or random.random() < 0.2
         for number in range(1 if self.shape == LOCAL else random.choice((1, 1, 2, 2, 3))):
             slots = random.randint(1, 4) if has_workers and (self.shape == LOCAL or number == 0) else 0
-            Root(world, f"root{number}", slots, weight=random.choice((1.0, 1.0, 2.0)),
-                 ceiling=random.choice((0, 0, 0, random.randint(1, 6))) if self.shape != LOCAL else 0,
-                 max_tasks_per_child=random.choice((0, 0, 0, 1, 3)))
+            Root(
+                world,
+                f"root{number}",
+                slots,
+                weight=random.choice((1.0, 1.0, 2.0)),
+                ceiling=random.choice((0, 0, 0, random.randint(1, 6))) if self.shape != LOCAL else 0,
+                max_tasks_per_child=random.choice((0, 0, 0, 1, 3)),
+            )
         if self.shape != LOCAL:
             self.hubs = [Vertex(world, f"hub{n}", 0) for n in range(random.randint(1, 2) if self.shape == TREE else 0)]
             self.agents = [Vertex(world, f"agent{n}", random.randint(1, 4)) for n in range(random.randint(1, 5))]
@@ -168,17 +181,26 @@ class _Story:
         random = self.random
         fn = random.choice((1, 3, 3, 4) if self.mood == STORM else (1, 1, 1, 2, 3, 4, 5, 6))
         duration_s = {
-            1: lambda: random.uniform(1e-6, 5e-5), 2: lambda: random.uniform(2e-4, 3e-3), 3: lambda: random.uniform(0.005, 0.05),
-            4: lambda: random.uniform(0.1, 0.8), 5: lambda: random.choice((1e-5,) * 9 + (0.3,)), 6: lambda: 2e-4}[fn]()
+            1: lambda: random.uniform(1e-6, 5e-5),
+            2: lambda: random.uniform(2e-4, 3e-3),
+            3: lambda: random.uniform(0.005, 0.05),
+            4: lambda: random.uniform(0.1, 0.8),
+            5: lambda: random.choice((1e-5,) * 9 + (0.3,)),
+            6: lambda: 2e-4,
+        }[fn]()
         retries = random.choice((0, 1, 3, 3))
         priority = random.choice((0, 0, 0, 1, 5))
         limit_s = random.choice((0.0, 0.02, 2.0)) if self.uses_limits else 0.0
         below = [cable.down.name for cable in root.cables if cable.down in self.agents]
-        node = random.choice((*below, root.name)) if self.uses_pins and random.random() < 0.3 and (below or root.slots) else ""
+        node = (
+            random.choice((*below, root.name)) if self.uses_pins and random.random() < 0.3 and (below or root.slots) else ""
+        )
         if node == root.name and not root.slots:
             node = ""
         options = Options(limit_s, priority, node, retries == 0) if priority or limit_s or node or not retries else None
-        return root.submit(fn, duration_s, options=options, retries=retries, is_error=fn == 6, has_blob=random.random() < 0.2)
+        return root.submit(
+            fn, duration_s, options=options, retries=retries, is_error=fn == 6, has_blob=random.random() < 0.2
+        )
 
     def _pick_call(self) -> Call | None:
         root = self.random.choice(self.world.roots)
@@ -297,7 +319,9 @@ class _Story:
         root = self.random.choice(self.world.roots)
         cables = [cable for cable in root.cables if cable.downlink is not None]
         if root.is_alive and cables:
-            root.act(root.scheduler.limit_node, self.random.choice(cables).downlink, self.random.randint(0, 3), self.world.now)
+            root.act(
+                root.scheduler.limit_node, self.random.choice(cables).downlink, self.random.randint(0, 3), self.world.now
+            )
 
     def _end_client(self) -> None:
         alive = [root for root in self.world.roots if root.is_alive]
@@ -315,12 +339,17 @@ class _Story:
     def _acts(self) -> list[Callable[[], object]]:
         if self.mood == STORM:
             return [self._submit] * 6 + [self._cut] * 12 + [self._echo] * 3 + [self._kill, self._kill_worker, self._crash]
-        acts: list[Callable[[], object]] = [self._submit] * 12 + [self._cancel] * 2 + [self._kill] * 2 + [self._undefine, self._echo]
+        acts: list[Callable[[], object]] = (
+            [self._submit] * 12 + [self._cancel] * 2 + [self._kill] * 2 + [self._undefine, self._echo]
+        )
         if self.mood != CALM:
             acts += [self._cut] * 3
         if self.mood == WILD:
-            acts += [self._kill_worker] * 3 + [self._crash] * 2 + [self._drain, self._remove_node, self._set_slots,
-                                                                    self._limit_node, self._end_client]
+            acts += (
+                [self._kill_worker] * 3
+                + [self._crash] * 2
+                + [self._drain, self._remove_node, self._set_slots, self._limit_node, self._end_client]
+            )
         return acts
 
     def play(self) -> None:

@@ -31,7 +31,9 @@ class Mutant:
     @contextmanager
     def planted(self) -> Any:
         """Have the bug in place for a while."""
-        original = self._owner.__dict__[self._method] if isinstance(self._owner, type) else getattr(self._owner, self._method)
+        original = (
+            self._owner.__dict__[self._method] if isinstance(self._owner, type) else getattr(self._owner, self._method)
+        )
         setattr(self._owner, self._method, self._wrong(original))
         try:
             yield
@@ -84,7 +86,9 @@ def _double_a_lease(original: Original) -> Original:
 
     def wrong(self: Placement, task: Task, lane: Lane, estimate_s: float | None = None) -> None:
         original(self, task, lane, estimate_s)
-        other = next((each for each in task.session.lanes.values() if each is not lane and each.is_worker is lane.is_worker), None)
+        other = next(
+            (each for each in task.session.lanes.values() if each is not lane and each.is_worker is lane.is_worker), None
+        )
         if other is not None and is_due():
             if task.run.fn in task.session.code:
                 self.out.append((other.peer, task.session.code[task.run.fn]))
@@ -296,4 +300,3 @@ MORE = [
     Mutant(Scheduler, "_on_held", _lose_on_return),
     Mutant(Scheduler, "_on_run", _run_a_duplicate),
 ]
-

@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 
+from distexec.messages import Options
+
 from .checker import Checker
-from .world import Cable, Call, Root, Vertex, World
+from .vertices import Root, Vertex
+from .world import Cable, Call, World
 
 SHORT, LONG, OTHER = 1, 2, 3
 
@@ -18,8 +21,15 @@ SHORT, LONG, OTHER = 1, 2, 3
 class Cluster:
     """Some roots above some vertices; everything is up after `start`."""
 
-    def __init__(self, *, agents: tuple[int, ...] = (), hub: bool = False, roots: tuple[float, ...] = (1.0,), local: int = 0,
-                 ceiling: int = 0) -> None:
+    def __init__(
+        self,
+        *,
+        agents: tuple[int, ...] = (),
+        hub: bool = False,
+        roots: tuple[float, ...] = (1.0,),
+        local: int = 0,
+        ceiling: int = 0,
+    ) -> None:
         self.world = world = World(seed=1)
         self.checker = Checker(world)
         self.roots = [Root(world, f"root{n}", local, weight=weight, ceiling=ceiling) for n, weight in enumerate(roots)]
@@ -54,8 +64,9 @@ class Cluster:
     def teach(self, fn: int, duration_s: float, number: int = 40) -> None:
         """Let the scheduler see how long a function takes."""
         for root in self.roots:
-            calls = [root.submit(fn, duration_s) for _ in range(number)]
-            assert self.run(60.0, lambda: all(call.is_over for call in calls))
+            for _ in range(number):
+                root.submit(fn, duration_s)
+            assert self.run(60.0, lambda: not root.open_calls)  # noqa: B023
 
     def finish(self, calls: list[Call], seconds: float) -> None:
         """Everything ends within so long."""
@@ -64,8 +75,16 @@ class Cluster:
         self.checker.check_end()
 
 
+class Blind:
+    """An observer that looks at nothing, where only the scheduler's own work is to be counted."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_: None
+
+
 def keep_busy(cluster: Cluster, root: Root, duration_s: float, waiting: int = 50) -> None:
     """Keep so many calls waiting at a root."""
+
     def top_up() -> None:
         while len(root.open_calls) < waiting:
             root.submit(LONG, duration_s)
@@ -138,7 +157,11 @@ def test_short_tasks_are_leased_ahead_within_the_window() -> None:
 
 
 SHAPES: dict[str, dict[str, Any]] = {
-    "workers": {"local": 2}, "agent": {"agents": (2,)}, "agents": {"agents": (1, 1)}, "hub": {"agents": (1, 1), "hub": True}}
+    "workers": {"local": 2},
+    "agent": {"agents": (2,)},
+    "agents": {"agents": (1, 1)},
+    "hub": {"agents": (1, 1), "hub": True},
+}
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -182,17 +205,19 @@ def test_an_idle_node_is_given_what_waits_elsewhere() -> None:
 
 
 def test_a_ceiling_is_never_exceeded() -> None:
-    """With `max_workers` below what the nodes offer no more tasks run at once; a task pinned to a later node still gets there."""
-    from distexec.messages import Options
-
+    """With `max_workers` below what nodes offer no more tasks run at once; one pinned to a later node still gets there."""
     cluster = Cluster(agents=(2, 2), ceiling=2)
     cluster.start()
     calls = [cluster.root.submit(LONG, 0.05) for _ in range(20)]
     pinned = cluster.root.submit(LONG, 0.05, options=Options(node="agent1"))
 
     def look() -> bool:
-        running = sum(worker.running is not None for agent in cluster.agents for workers in agent.pool.workers.values()
-                      for worker in workers)
+        running = sum(
+            worker.running is not None
+            for agent in cluster.agents
+            for workers in agent.pool.workers.values()
+            for worker in workers
+        )
         assert running <= 2
         return pinned.is_over
 
@@ -202,8 +227,10 @@ def test_a_ceiling_is_never_exceeded() -> None:
 
 def test_cost_is_linear_in_tasks() -> None:
     """Ten times the tasks take at most eleven times the function calls in the scheduler, queued all at once or cancelled."""
+
     def cost(number: int) -> int:
         cluster = Cluster(agents=(4, 4), hub=True)
+        cluster.world.observer = Blind()
         cluster.start()
         cluster.teach(SHORT, 0.0001)
         calls = 0
@@ -216,7 +243,7 @@ def test_cost_is_linear_in_tasks() -> None:
         sys.setprofile(count)
         try:
             submitted = [cluster.root.submit(SHORT, 0.0001) for _ in range(number)]
-            for call in submitted[number // 2::2]:
+            for call in submitted[number // 2 :: 2]:
                 cluster.root.cancel(call)
             assert cluster.run(60.0, lambda: not cluster.root.open_calls)
         finally:
@@ -228,28 +255,32 @@ def test_cost_is_linear_in_tasks() -> None:
 
 
 def test_cost_of_a_task_does_not_grow_with_nodes() -> None:
-    """With fifty nodes a task takes at most 1.5 times the function calls that it takes with two."""
+    """With fifty nodes a task takes the root at most 1.3 times the function calls that it takes with two."""
+
     def cost(nodes: int) -> float:
         cluster = Cluster(agents=(2,) * nodes)
+        cluster.world.observer = Blind()
         cluster.start()
         cluster.teach(SHORT, 0.0001, 20 * nodes)
         calls = 0
 
         def count(frame: FrameType, event: str, _argument: object) -> None:
             nonlocal calls
-            if event in ("call", "c_call") and frame.f_code.co_filename.endswith(("scheduler.py", "placement.py", "ledger.py")):
+            if event in ("call", "c_call") and "/distexec/" in frame.f_code.co_filename:
                 calls += 1
 
+        def act(event: Callable[..., Any], *arguments: Any) -> Any:
+            sys.setprofile(count)
+            try:
+                return plain_act(event, *arguments)
+            finally:
+                sys.setprofile(None)
+
         number = 400 * nodes
-        for vertex in cluster.agents:
-            vertex.scheduler.tick = lambda now, progress: None  # type: ignore[assignment]
-        sys.setprofile(count)
-        try:
-            submitted = [cluster.root.submit(SHORT, 0.0001) for _ in range(number)]
-            assert cluster.run(60.0, lambda: not cluster.root.open_calls)
-        finally:
-            sys.setprofile(None)
+        plain_act, cluster.root.act = cluster.root.act, act  # type: ignore[method-assign]
+        submitted = [cluster.root.submit(SHORT, 0.0001) for _ in range(number)]
+        assert cluster.run(60.0, lambda: not cluster.root.open_calls)
         assert all(call.begun == 1 for call in submitted)
         return calls / number
 
-    assert cost(50) <= 1.5 * cost(2)
+    assert cost(50) <= 1.3 * cost(2)

@@ -27,6 +27,7 @@ def test_invariants_hold_in_every_history() -> None:
 
 def test_a_seed_replays_exactly() -> None:
     """The same seed gives the same history, event by event."""
+
     def recount(seed: int) -> tuple[object, str]:
         log: list[str] = []
         history = play(seed, log=log)

@@ -39,8 +39,8 @@ def _lines(directory: str | Path) -> list[str]:
 
 
 def note_and_return(directory: str, word: Any) -> Any:
-    """Leave a note, and return the word."""
-    note(directory, word)
+    """Leave a note, of large words only the size, and return the word."""
+    note(directory, len(word) if isinstance(word, bytes) else word)
     return word
 
 

@@ -20,6 +20,7 @@ class Proxy:
         self._pairs: list[tuple[socket.socket, socket.socket]] = []
         self._parked: list[socket.socket] = []
         self._is_cut = self._is_closed = self._is_mute = False
+        self.forwarded = 0  # bytes so far
 
     def __enter__(self) -> Proxy:
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=64)
@@ -101,6 +102,7 @@ class Proxy:
         try:
             piece = source.recv(1 << 16)
             if piece:
+                self.forwarded += len(piece)
                 sink.sendall(piece)
                 return
         except OSError:

@@ -204,9 +204,9 @@ def test_idle_agent_holds_nothing(tmp_path: Path) -> None:
             return Path(f"/proc/{agent.process.pid}/task/{agent.process.pid}/children").read_text()
 
         counts = []
-        for _ in range(4):
+        for _ in range(3):
             with ClusterExecutor(nodes=[agent.address], secret=agent.secret) as executor:
-                list(executor.map(deeds.double, [bytes(2 << 20)] * 20))
+                list(executor.map(deeds.double, [bytes(2 << 20)] * 8))
             assert wait_until(lambda: not children() and not [*next(spool.iterdir()).iterdir()], WAIT_S)
             counts.append(descriptors())
         assert wait_until(lambda: descriptors() <= counts[0] + 1, WAIT_S), counts

@@ -120,7 +120,8 @@ def test_no_retries(make: Make, tmp_path: Path) -> None:
         careful = executor.options(retries=0)
         futures = [careful.submit(deeds.die_if, number, (5, 17, 18), str(tmp_path)) for number in range(40)]
         wait(futures, WAIT_S)
-        assert {number for number, future in enumerate(futures) if isinstance(future.exception(0), WorkerLost)} == {5, 17, 18}
+        lost = [number for number, future in enumerate(futures) if isinstance(future.exception(0), WorkerLost)]
+        assert lost == [5, 17, 18]
         assert all(future.attempts == 1 for future in futures)
     assert sorted(map(int, deeds.notes(tmp_path))) == list(range(40))
 
@@ -272,7 +273,7 @@ def test_timeout_ends_children(make: Make, tmp_path: Path) -> None:
     """A task that runs too long is ended with the processes it started, and is not run again."""
     with make(1) as executor:
         future = executor.options(timeout=0.5).submit(deeds.start_children, str(tmp_path))
-        with pytest.raises(TaskTimeout, match="0.5 s"):
+        with pytest.raises(TaskTimeout, match=r"0\.5 s"):
             future.result(WAIT_S)
         children = [*map(int, deeds.notes(tmp_path)[0].split()), *deeds.pids(tmp_path)]
         assert wait_until(lambda: all(map(is_gone, children)))
@@ -310,14 +311,14 @@ def test_agent_killed(tmp_path: Path) -> None:
         assert executor.wait_for_slots(2, WAIT_S)
         futures = [executor.submit(deeds.hold, str(tmp_path), number) for number in range(6)]
         assert wait_until(lambda: len(deeds.notes(tmp_path)) == 2)
-        [victim] = [future for future in futures if future.node == "one" and future.running()][:1]
+        workers = deeds.pids(tmp_path)
         one.process.kill()
-        assert wait_until(lambda: any(node.state != "up" for node in executor.nodes()))
+        assert wait_until(lambda: any(map(is_gone, workers)))
+        assert wait_until(lambda: all(future.node in ("", "two") for future in futures))
         deeds.let_go(tmp_path)
         assert [future.result(WAIT_S) for future in futures] == list(range(6))
-        assert {future.node for future in futures[2:]} | {victim.node} <= {"two", "one"}
-        assert victim.attempts <= 2
-        assert wait_until(lambda: all(map(is_gone, deeds.pids(tmp_path)[:1])) or True)
+        assert {future.node for future in futures} == {"two"}
+        assert all(future.attempts <= 2 for future in futures)
 
 
 def test_all_agents_gone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -351,7 +352,8 @@ def test_agent_drains(tmp_path: Path) -> None:
         assert executor.wait_for_slots(2, WAIT_S)
         futures = [executor.submit(deeds.hold, str(tmp_path), number) for number in range(12)]
         assert wait_until(lambda: len(deeds.notes(tmp_path)) == 2)
-        [running] = [future for future in futures if future.node == "one" and str(future.task_id - 1) in deeds.notes(tmp_path)]
+        noted = deeds.notes(tmp_path)
+        [running] = [future for future in futures if future.node == "one" and str(future.task_id - 1) in noted]
         one.process.send_signal(signal.SIGTERM)
         assert wait_until(lambda: "draining" in one.log())
         assert wait_until(lambda: next(node.slots for node in executor.nodes() if node.name == "one") == 0)
@@ -445,6 +447,38 @@ def hold_and_die(directory: str) -> int:
     if count == 1:
         os._exit(1)
     return count
+
+
+def test_cuts_under_load(tmp_path: Path) -> None:
+    """Links that break again and again while thousands of short tasks flow: every one runs exactly once."""
+    with AgentProcess(slots=2) as agent, Proxy(agent.address) as proxy, \
+            cluster(proxy.address, secret=agent.secret, node_timeout=FAR_S) as executor:
+        futures = [executor.submit(deeds.note_and_return, str(tmp_path), number) for number in range(6000)]
+        for mark in range(500, 6000, 500):
+            assert wait_until(lambda mark=mark: futures[mark].done(), WAIT_S)
+            proxy.cut()
+            proxy.heal()
+        assert [future.result(WAIT_S) for future in futures] == list(range(6000))
+        assert all(future.attempts == 1 for future in futures)
+    assert sorted(map(int, deeds.notes(tmp_path))) == list(range(6000))
+
+
+def test_cuts_during_transfers(tmp_path: Path) -> None:
+    """A link that breaks in the middle of large arguments and results: all arrive whole, and no task runs twice."""
+    with AgentProcess(slots=2) as agent, Proxy(agent.address) as proxy, \
+            cluster(proxy.address, secret=agent.secret, node_timeout=FAR_S) as executor:
+        blocks = [bytes([number]) * (3 << 20) for number in range(24)]
+        futures = [executor.submit(deeds.note_and_return, str(tmp_path), block) for block in blocks[:12]]
+        futures += [executor.submit(bytes, (3 << 20) + number) for number in range(12)]
+        for _ in range(8):
+            before = proxy.forwarded
+            assert wait_until(lambda before=before: proxy.forwarded > before + (5 << 20), WAIT_S)
+            proxy.cut()
+            proxy.heal()
+        assert [future.result(WAIT_S) for future in futures[:12]] == blocks[:12]
+        assert [len(future.result(WAIT_S)) for future in futures[12:]] == [(3 << 20) + number for number in range(12)]
+        assert all(future.attempts == 1 for future in futures)
+    assert len(deeds.pids(tmp_path)) == 12
 
 
 @pytest.mark.parametrize("silently", [False, True])

@@ -48,7 +48,8 @@ def test_everything_printed_arrives(where: AgentProcess | None) -> None:
 
 def test_order_within_a_task(where: AgentProcess | None) -> None:
     """What one task prints comes in order, before its result is there."""
-    out, _ = run(where, "executor.submit(deeds.say, 'a').result(); print('then', flush=True); executor.submit(deeds.say, 'b').result()")
+    out, _ = run(where, "executor.submit(deeds.say, 'a').result(); print('then', flush=True); "
+                        "executor.submit(deeds.say, 'b').result()")
     assert out.splitlines() == ["print a", "write a", "echo a", "then", "print b", "write b", "echo b"]
 
 
@@ -69,7 +70,7 @@ def test_last_words(where: AgentProcess | None) -> None:
 def test_output_of_running_tasks(where: AgentProcess | None, tmp_path: Path) -> None:
     """A running task's output is seen while it runs."""
     target = "2, nodes='local'" if where is None else f"nodes=[{where.address!r}], secret={where.secret!r}"
-    body = "executor.submit(eval, f'(print(1, flush=True), __import__(\"tests.system.deeds\").system.deeds.hold({sys.argv[1]!r}))')"
+    body = "executor.submit(lambda directory: (print(1, flush=True), deeds.hold(directory)), sys.argv[1])"
     script = subprocess.Popen([sys.executable, "-c", SCRIPT.format(kwargs=target, body=body), str(tmp_path)], cwd=ROOT,
                               stdout=subprocess.PIPE, text=True)
     assert script.stdout is not None

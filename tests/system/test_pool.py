@@ -422,7 +422,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("method", ["template", *CONTEXTS])
 def test_nothing_survives_a_killed_client(method: str, tmp_path: Path) -> None:
-    """When the client is killed its workers end, busy or idle; below a template, what the tasks started ends too."""
+    """When the client is killed its workers end, busy or idle, and so does what their tasks started."""
     (tmp_path / "client.py").write_text(CLIENT)
     with subprocess.Popen([sys.executable, str(tmp_path / "client.py"), method, str(tmp_path / "pid")],
                           stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": ROOT}) as client:
@@ -430,10 +430,38 @@ def test_nothing_survives_a_killed_client(method: str, tmp_path: Path) -> None:
         pids = [int(word) for word in client.stdout.readline().split()]
         sleeper = int(content_of(tmp_path / "pid"))
         client.kill()
-    survivors = [*pids, sleeper] if method == "template" else pids
-    assert leaks.wait_until(lambda: not any(map(is_alive, survivors)))
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(sleeper, signal.SIGKILL)
+    assert leaks.wait_until(lambda: not any(map(is_alive, [*pids, sleeper])))
+
+
+@pytest.mark.parametrize("method", CONTEXTS)
+def test_context_workers_die_with_their_guardian(method: str, tmp_path: Path) -> None:
+    """When a context's guardian is killed, so are its workers, in the middle of a task too; new ones can be had."""
+    path = gate(tmp_path)
+    with Rig(context=multiprocessing.get_context(method)) as rig:
+        worker = rig.worker()
+        rig.send(worker, chores.wait_for, path)
+        await_arrival(path)
+        starter = rig.pool._starter
+        assert isinstance(starter, starters.ContextStarter)
+        assert starter._guardian is not None
+        assert rig.ask(rig.worker(), chores.double, 1) == 2
+        os.kill(starter._guardian.pid, signal.SIGKILL)
+        assert [evidence.signal for _, evidence in rig.wait("gone", 2)] == [signal.SIGKILL] * 2
+        assert leaks.wait_until(lambda: starter._guardian is None)
+        assert rig.ask(rig.worker(), chores.double, 1) == 2
+
+
+def test_start_under_a_dying_template_is_made_again(forked: Rig) -> None:
+    """A worker asked for while its template is being killed comes all the same, if the template had worked before."""
+    forked.worker()
+    starter = forked.pool._starter
+    assert isinstance(starter, starters.TemplateStarter)
+    os.kill(starter.pid, signal.SIGSTOP)  # so that it takes the order with it
+    forked.pool.start_worker()
+    os.kill(starter.pid, signal.SIGKILL)
+    worker = forked.wait("ready", 2)[1][0]
+    assert forked.ask(worker, chores.double, 1) == 2
+    assert not forked.of("failed")
 
 
 # ---- output

@@ -321,6 +321,33 @@ class TestMapping:
         assert mappings.settle() == 0
 
 
+class TestTake:
+    def test_what_was_adopted_is_mapped(self, store: BlobStore) -> None:
+        """The bytes of a worker's file are handed over without a copy and outlive the store's reference."""
+        fd = os.memfd_create("handed-over")
+        os.write(fd, b"r" * 5001)
+        view = store.take(store.adopt(fd, 5001))
+        assert view == b"r" * 5001
+        view[0] = 0
+        with open("/proc/self/maps") as maps:
+            assert "handed-over" in maps.read()
+        assert store._blobs == {}
+
+    @pytest.mark.parametrize("size", [0, 1, 5 * MIB + 3])
+    def test_what_lies_in_space_used_again_is_copied(self, store: BlobStore, size: int) -> None:
+        """A function that returns its argument gives bytes that stay when the argument's space is used again."""
+        content = os.urandom(size)
+        ref = store.put(content)
+        fd = os.memfd_create("same bytes")
+        os.write(fd, content)
+        assert store.adopt(fd, size) == ref
+        view = store.take(ref)
+        store.release(ref)
+        store.put(bytes(size))
+        assert view == content
+        assert not view.readonly
+
+
 class TestWriter:
     def test_pieces_in_order_become_the_blob(self, store: BlobStore) -> None:
         """A blob received in pieces is there once finished, not before."""
@@ -352,7 +379,34 @@ class TestWriter:
             writer.finish()
         assert not store.has(ref)
 
-    @pytest.mark.parametrize("size", [-1, -(1 << 60)])
+    @pytest.mark.parametrize("reuses", [False, True])
+    def test_received_space(self, reuses: bool) -> None:
+        """Only a store that says so uses the space of received blobs again."""
+        store = BlobStore(reuses_received=reuses)
+        places = set()
+        for content in (b"a" * 5000, b"b" * 5000):
+            writer = store.writer(BlobRef(digest_of(content), 5000))
+            writer.write(0, content)
+            ref = writer.finish()
+            places.add(store.segment(ref).arena)
+            assert store.view(ref) == content
+            store.release(ref)
+        assert len(places) == (1 if reuses else 2)
+        store.close()
+
+    @pytest.mark.parametrize("reuses", [False, True])
+    def test_closing_under_a_writer(self, reuses: bool) -> None:
+        """A store closed while a blob comes in keeps the file until the writer is done with it, and then none."""
+        before = open_descriptors()
+        store = BlobStore(reuses_received=reuses)
+        writer = store.writer(BlobRef(b"d" * 16, 100))
+        store.close()
+        writer.write(0, bytes(50))
+        writer.abandon()
+        writer.abandon()
+        assert open_descriptors() == before
+
+    @pytest.mark.parametrize("size", [-1, 1 << 60])
     def test_absurd_sizes(self, store: BlobStore, size: int) -> None:
         """A size that no file can have is refused, and no descriptor is left."""
         before = open_descriptors()

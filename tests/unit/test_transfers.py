@@ -23,6 +23,12 @@ class FakeLink:
         self.sent: deque[Message] = deque()
         self.pending_bytes = 0
 
+    def place_chunks(self, place: object) -> None:
+        """Not in place: here a chunk is delivered whole."""
+
+    def displace_chunk(self, digest: bytes) -> None:
+        """Nothing is ever half received."""
+
     def send(self, messages: Sequence[Message]) -> None:
         self.sent.extend(messages)
 

@@ -37,6 +37,32 @@ def test_only_revoked_orders_are_refused(pages: tuple[WorkerPage, WorkerPage]) -
     assert [worker.begin(order, 0) for order in (5, 6, 7)] == [True, False, True]
 
 
+def test_revocation_is_widened_without_a_gap(pages: tuple[WorkerPage, WorkerPage]) -> None:
+    """While a revocation is widened to earlier orders, the orders revoked before stay revoked at every moment."""
+    pool, worker = pages
+    pool.revoke(5, 8)
+    states = []
+
+    class Spy:
+        """The pool's cells, looking at what the worker would see after each store."""
+
+        def __init__(self, cells: memoryview) -> None:
+            self.cells = cells
+
+        def __getitem__(self, index: int) -> int:
+            return int(self.cells[index])
+
+        def __setitem__(self, index: int, value: int) -> None:
+            self.cells[index] = value
+            states.append(worker.begin(6, 0))
+
+    pool._cells = Spy(pool._cells)  # type: ignore[assignment]
+    pool.revoke(3, 8)
+    assert states
+    assert not any(states)
+    assert not worker.begin(3, 0)
+
+
 def test_closed_page_stops_the_worker(pages: tuple[WorkerPage, WorkerPage]) -> None:
     """A process that closed the page cannot begin a task."""
     _, worker = pages
