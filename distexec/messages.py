@@ -335,7 +335,8 @@ class Missing(Struct, frozen=True, array_like=True, tag=46, gc=False):
 class Segment(Struct, frozen=True, array_like=True, tag=50, gc=False):
     """Pool to worker and back: a blob lies at `offset` of shared-memory arena number `arena`.
 
-    The arena's descriptor comes with the frame the first time the speaker names it (a worker uses a new arena per blob).
+    The arena's descriptor comes with the frame the first time the pool names it, and each time a worker does, whose
+    arenas have one blob each; a worker's arena 0 is not used again.
     """
 
     blob: BlobRef
@@ -349,10 +350,20 @@ class Forget(Struct, frozen=True, array_like=True, tag=51, gc=False):
     arena: int
 
 
+class Free(Struct, frozen=True, array_like=True, tag=52, gc=False):
+    """Pool to worker: nobody reads your arena number `arena` any more; or, not `is_reusable`, somebody may for ever.
+
+    Arena 0: give the memory of all that are free back to the system.
+    """
+
+    arena: int
+    is_reusable: bool
+
+
 Shared = Ping | Pong | Hello | Bye | Fetch | Chunk | Credit | Missing
 FromUpstream = Open | Close | Define | Run | Recall | Kill | Ack | Want | Resume | Undefine | Shared
 FromDownstream = Offer | Outcome | Lost | Returned | Output | SessionFailed | Held | Load | Shared
-ToWorker = Define | Undefine | Run | Segment | Forget | Bye
+ToWorker = Define | Undefine | Run | Segment | Forget | Free | Bye
 FromWorker = Ready | Outcome | Returned | SessionFailed | Segment
 """A worker offers one slot of one session by being there, so it says less than a node."""
 FromControl = Ping | Hello | Bye

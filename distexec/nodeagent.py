@@ -36,15 +36,18 @@ from .messages import (
     FromControl,
     FromUpstream,
     Load,
+    Lost,
     Message,
     Open,
     Outcome,
     Output,
     Resume,
+    Returned,
     Role,
     Run,
     SessionSpec,
     Stream,
+    Undefine,
 )
 from .pool import Pool, Worker
 from .scheduler import Scheduler
@@ -62,6 +65,9 @@ LOAD_S = 2.0
 
 ORPHAN_S = 20.0
 """How long a session outlives the connection to its client; with the kernel's notice of a dead one it ends within 30 s."""
+
+REFETCH_S = 0.2
+"""Pause before a blob is asked for again that the other end did not have."""
 
 CLOSE_S = 3.0
 """How long the workers of a finished session get to leave by themselves."""
@@ -81,9 +87,8 @@ class Uplink:
 
     def queue(self, messages: list[Message]) -> None:
         """Put messages in line."""
-        for message in messages:
-            if isinstance(message, Outcome) and message.buffers:
-                self.agent.note_result(self, message)
+        if self.agent.holds_arguments:
+            self.agent.release_arguments(self, messages)
         self.link.queue(messages)
 
     def flush(self) -> None:
@@ -110,6 +115,8 @@ class Uplink:
             elif not self.transfers.handle(message):
                 if isinstance(message, (Ack, Resume)):
                     self.agent.release_results(self, message)
+                elif isinstance(message, Undefine):
+                    self.agent.forget_code(self, message)
                 batch.append(message)
         self._pass(batch)
 
@@ -131,9 +138,9 @@ class Tenancy:
         self.session: Session | None = None
         self.directory = tempfile.mkdtemp(prefix="session-", dir=agent.spool)
         self.pool = Pool(agent.loop, _local_spec(opened.spec), self, store=agent.store, capture=True, node=agent.name)
-        self.missing: dict[int, set[bytes]] = {}  # by task or (negative) function, digests still on their way
+        self.missing: dict[int, dict[bytes, BlobRef]] = {}  # by task or (negative) function, what is still on its way
         self.held: dict[int, list[BlobRef]] = {}  # references that go with a task or function
-        self.results: dict[int, list[BlobRef]] = {}  # references to results not yet acknowledged
+        self.results: dict[int, dict[int, list[BlobRef]]] = {}  # by task and attempt, results not yet acknowledged
 
     # ---- owner of the pool
 
@@ -143,11 +150,14 @@ class Tenancy:
         self.agent.dispatcher.call(self.agent.scheduler.worker_ready, worker, self.session)
 
     def worker_said(self, worker: Worker, messages: list[Any]) -> None:
-        """Hear a worker's outcomes; what its tasks held here is not needed for them any more."""
-        if self.held:
-            for message in messages:
-                if isinstance(message, Outcome):
+        """Hear a worker's outcomes: a task's arguments are not needed any more, its result is kept until the root has it."""
+        for message in messages:
+            if isinstance(message, Outcome):
+                if self.held:
                     self.release(message.seq)
+                refs = [buffer for buffer in message.buffers if isinstance(buffer, BlobRef)] if message.buffers else []
+                if refs:
+                    self.results.setdefault(message.seq, {})[message.attempt] = refs
         self.agent.dispatcher.receive(worker, messages)
 
     def worker_wrote(self, worker: Worker, seq: int, stream: Stream, data: bytes) -> None:
@@ -172,20 +182,25 @@ class Tenancy:
         refs = [buffer for buffer in run.buffers if isinstance(buffer, BlobRef)]
         if refs and run.seq not in self.held:
             self.held[run.seq] = []
-            self.missing[run.seq] = {ref.digest for ref in refs}
-            self.agent.loop.call_soon(self._pull, run.seq, refs)
+            self.missing[run.seq] = {ref.digest: ref for ref in refs}
+            self.agent.loop.call_soon(self._pull, run.seq)
         return bool(self.missing.get(run.seq)) or bool(self.missing.get(-run.fn))
 
     def expect(self, definition: Define) -> None:
-        """Fetch the blobs of a function."""
+        """Fetch the blobs of a function; once, though it is defined anew on each link."""
         refs = [buffer for buffer in definition.buffers if isinstance(buffer, BlobRef)]
-        if refs:
+        if refs and -definition.fn not in self.held:
             self.held[-definition.fn] = []
-            self.missing[-definition.fn] = {ref.digest for ref in refs}
-            self._pull(-definition.fn, refs)
+            self.missing[-definition.fn] = {ref.digest: ref for ref in refs}
+            self._pull(-definition.fn)
 
-    def _pull(self, key: int, refs: list[BlobRef]) -> None:
-        for ref in refs:
+    def pull_again(self) -> None:
+        """Fetch what was on its way when the last link broke."""
+        for key in list(self.missing):
+            self._pull(key)
+
+    def _pull(self, key: int) -> None:
+        for ref in list(self.missing.get(key, {}).values()):
             self.uplink.transfers.pull(ref, lambda got: self._got(key, got),
                                        lambda ref, reason: self._failed(key, ref, reason))
 
@@ -197,7 +212,7 @@ class Tenancy:
         missing = self.missing.get(key)
         if missing is None:
             return
-        missing.discard(ref.digest)
+        missing.pop(ref.digest, None)
         if not missing:
             del self.missing[key]
             self._release_waiting()
@@ -213,9 +228,9 @@ class Tenancy:
             self.agent.dispatcher.call(lambda now, seq=seq: self.agent.scheduler.arrived(session, seq))
 
     def _failed(self, key: int, ref: BlobRef, reason: str) -> None:
-        _log.warning("session of %s: %d bytes could not be fetched: %s", self.opened.spec.name, ref.size_bytes, reason)
-        if self.uplink.link.is_open and key in self.missing:
-            self.agent.loop.call_later(0.2, self._pull, key, [ref])
+        if self.uplink.link.is_open and key in self.missing:  # without a link the next one fetches it
+            _log.warning("session of %s: %d bytes could not be fetched: %s", self.opened.spec.name, ref.size_bytes, reason)
+            self.agent.loop.call_later(REFETCH_S, self._pull, key)
 
     def release(self, key: int) -> None:
         """Let go what a task or function held."""
@@ -223,14 +238,22 @@ class Tenancy:
             self.agent.store.release(ref)
         self.missing.pop(key, None)
 
+    def release_result(self, seq: int, attempt: int | None = None) -> None:
+        """Let go the result of a task that the root has: of one attempt, or of all."""
+        attempts = self.results.get(seq, {})
+        for known in list(attempts) if attempt is None else [attempt]:
+            for ref in attempts.pop(known, ()):
+                self.agent.store.release(ref)
+        if not attempts:
+            self.results.pop(seq, None)
+
     def end(self, grace_s: float) -> None:
         """Stop the workers, drop the blobs, remove the directory. Own thread: it waits for processes."""
         self.pool.close(grace_s)
-        for refs in [*self.held.values(), *self.results.values()]:
-            for ref in refs:
-                self.agent.store.release(ref)
-        self.held.clear()
-        self.results.clear()
+        for key in list(self.held):
+            self.release(key)
+        for seq in list(self.results):
+            self.release_result(seq)
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
@@ -387,6 +410,7 @@ class Agent:
             tenancy = self.tenancies[opened.id] = Tenancy(self, opened, uplink)
             _log.info("session of %s begins", opened.spec.name)
         tenancy.uplink = uplink
+        tenancy.pull_again()
         self.dispatcher.call(self._open, tenancy, opened, uplink)
 
     def _open(self, tenancy: Tenancy, opened: Open, uplink: Uplink, now: float) -> None:
@@ -428,20 +452,38 @@ class Agent:
             if tenancy.uplink is uplink and tenancy.opened.session == definition.session:
                 tenancy.expect(definition)
 
-    def note_result(self, uplink: Uplink, outcome: Outcome) -> None:
-        """Remember the blobs of a result until the root has it."""
-        refs = [buffer for buffer in outcome.buffers if isinstance(buffer, BlobRef)]
-        tenancy = self._tenancy(uplink, outcome.session)
-        if refs and tenancy is not None:
-            tenancy.results[outcome.seq] = refs
+    def forget_code(self, uplink: Uplink, message: Undefine) -> None:
+        """Let go the blobs of functions that are not named any more."""
+        tenancy = self._tenancy(uplink, message.session)
+        if tenancy is not None:
+            for fn in message.fns:
+                tenancy.release(-fn)
+
+    @property
+    def holds_arguments(self) -> bool:
+        """Whether any task here has blobs."""
+        return any(tenancy.held for tenancy in self.tenancies.values())
+
+    def release_arguments(self, uplink: Uplink, messages: list[Message]) -> None:
+        """Let go the blobs of tasks lost, given back, or ended without a worker. With the dispatcher's lock held."""
+        for message in messages:
+            if isinstance(message, (Outcome, Lost, Returned)):
+                tenancy = self._tenancy(uplink, message.session)
+                if tenancy is not None and tenancy.held:
+                    for seq, _ in message.tasks if isinstance(message, Returned) else [(message.seq, 0)]:
+                        tenancy.release(seq)
 
     def release_results(self, uplink: Uplink, message: Ack | Resume) -> None:
         """Let go the blobs of results that the root has."""
         tenancy = self._tenancy(uplink, message.session)
-        if tenancy is not None and tenancy.results:
+        if tenancy is None or not tenancy.results:
+            return
+        if isinstance(message, Ack) and message.attempts:
+            for seq, attempt in zip(message.seqs, message.attempts, strict=True):
+                tenancy.release_result(seq, attempt)
+        else:
             for seq in message.seqs if isinstance(message, Ack) else message.ack:
-                for ref in tenancy.results.pop(seq, ()):
-                    self.store.release(ref)
+                tenancy.release_result(seq)
 
     def _tenancy(self, uplink: Uplink, number: int) -> Tenancy | None:
         return next((each for each in self.tenancies.values()

@@ -19,6 +19,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from multiprocessing.context import BaseContext
 from typing import Any, Protocol, cast
 
@@ -30,6 +31,7 @@ from distexec.messages import (
     Define,
     Evidence,
     Forget,
+    Free,
     FromWorker,
     Message,
     Outcome,
@@ -41,10 +43,10 @@ from distexec.messages import (
     SessionSpec,
     Stream,
 )
-from distexec.shipping import BlobStore
+from distexec.shipping import BlobStore, shared_file
 from distexec.starters import Call, ContextStarter, Exit, Starter, TemplateStarter, drain
 from distexec.transport import Link, Loop, Timer
-from distexec.worker import PAGE_BYTES, WorkerPage, shared_file
+from distexec.worker import PAGE_BYTES, WorkerPage
 
 FORCE_S = 1.0
 """For a worker that closed its link to end. Longer: a slot is missing so long. Shorter: a core dump may be cut off."""
@@ -54,6 +56,10 @@ PATIENCE_S = 15.0
 
 TRIALS = 8
 """Worker starts that a dying template may take along before the pool believes that none can be had."""
+
+TRIM_S = 5.0
+"""Without large results, after which workers give up the memory kept for them. Longer: idle memory. Shorter: the next
+one takes new pages."""
 
 LIVE_S = 0.1
 """Between two looks at what running tasks print."""
@@ -165,6 +171,11 @@ class Worker:
         if arena in self._arenas:
             self._arenas.discard(arena)
             self.link.send([cast("Any", Forget(arena))])
+
+    def give_back(self, arena: int, is_reusable: bool) -> None:
+        """Tell it what has become of an arena of its own. Any thread."""
+        if not self.is_closed:
+            self.link.send([cast("Any", Free(arena, is_reusable))])
 
     def release(self) -> None:
         """Let go of everything that only a living worker needs. I/O thread."""
@@ -306,6 +317,7 @@ class Pool:
         self._numbers = 0
         self._trials = 0  # how many workers may yet be started anew after the template was killed; some once one was ready
         self._is_live_armed = False
+        self._has_adopted = self._is_trim_armed = False  # large results; since `_trim` looked last
         self._is_closing = False
         self._is_closed = threading.Event()
         self._kept = [ref for ref in spec.initializer_buffers if isinstance(ref, BlobRef)]
@@ -415,8 +427,8 @@ class Pool:
                 self._hand_output(worker, worker.output.answered(message) if worker.output else ())
             case Returned():
                 self._hand_output(worker, worker.output.answered(message) if worker.output else ())
-            case Segment(blob, _, _):
-                self._adopt(worker, blob)
+            case Segment(blob, arena, _):
+                self._adopt(worker, blob, arena)
                 return False
             case Ready(pid):
                 worker.pid, worker.is_ready = pid, True
@@ -428,13 +440,28 @@ class Pool:
                 return False
         return True
 
-    def _adopt(self, worker: Worker, blob: BlobRef) -> None:
+    def _adopt(self, worker: Worker, blob: BlobRef, arena: int) -> None:
         """Make a result's shared memory a blob. If we are out of descriptors it has not come: then the link breaks."""
         if not worker.link.received_fds:
             self._kill(worker, "its result could not be received: raise the limit of open files (ulimit -n)")
             raise OSError("a worker's descriptor did not arrive: too many open files")
-        self._store.adopt(worker.link.received_fds.popleft(), blob.size_bytes, blob.digest)
+        returned = partial(worker.give_back, arena) if arena else None
+        self._store.adopt(worker.link.received_fds.popleft(), blob.size_bytes, blob.digest, returned)
         worker.unclaimed[blob.digest] = blob
+        self._has_adopted = True
+        if not self._is_trim_armed:
+            self._is_trim_armed = True
+            self._loop.call_later(TRIM_S, self._trim)
+
+    def _trim(self) -> None:
+        """Have workers give back the memory kept for large results, once there were none for a while."""
+        self._is_trim_armed = self._has_adopted and not self._is_closing
+        if self._is_trim_armed:
+            self._loop.call_later(TRIM_S, self._trim)
+        else:
+            for worker in self._workers.values():
+                worker.give_back(0, False)
+        self._has_adopted = False
 
     def _hand_output(self, worker: Worker, pieces: Any) -> None:
         for seq, stream, data in pieces:

@@ -130,7 +130,9 @@ class Root:
         with self.dispatcher.lock:
             self._is_closing = True
             queued = [task for task in self.session.tasks.values() if not task.claimed] if cancel_futures else []
-        for task in queued:
+        # As with the standard pool's call queue: what the workers under way would have begun with is begun.
+        begun = self.supply.count_coming() if len(queued) == len(self.session.tasks) else 0
+        for task in queued[begun:]:
             task.owner.cancel()
         self._close_if_done()
 

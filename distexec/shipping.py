@@ -577,7 +577,8 @@ class BlobWriter:
         self.ref = ref
         self.written_bytes = 0
         self._store, self._memory, self._arena, self._offset = store, memory, arena, offset
-        self._space: memoryview | None = None
+        self._spaces: deque[memoryview] = deque()  # given out, and not come back to `write`
+        self._spaced_bytes = 0  # where the last of them ends
         self._ended = False
         self._hash: xxhash.xxh3_128 = xxhash.xxh3_128()
 
@@ -590,14 +591,15 @@ class BlobWriter:
         return self.written_bytes == self.ref.size_bytes
 
     def space(self, offset: int, size_bytes: int) -> memoryview | None:
-        """Return where the next piece may be put by its receiver, to be given to `write` then; None: not in place."""
-        if offset != self.written_bytes or offset + size_bytes > self.ref.size_bytes or self._ended:
+        """Return where the piece after those so far may be put, to be given to `write` in its turn; None: nowhere."""
+        end = offset + size_bytes
+        if offset != max(self.written_bytes, self._spaced_bytes) or end > self.ref.size_bytes or self._ended:
             return None
-        if self._memory is not None:
-            self._space = self._memory[offset:offset + size_bytes]
-        else:
-            self._space = self._arena_space(offset, size_bytes)
-        return self._space
+        space = self._arena_space(offset, size_bytes) if self._memory is None else self._memory[offset:end]
+        if space is not None:
+            self._spaces.append(space)
+            self._spaced_bytes = end
+        return space
 
     def _arena_space(self, offset: int, size_bytes: int) -> memoryview | None:
         assert self._arena is not None
@@ -612,8 +614,8 @@ class BlobWriter:
         """Add the next piece. Raises ValueError if it is not the next or too long, OSError if there is no memory."""
         if offset != self.written_bytes or offset + len(piece) > self.ref.size_bytes:
             raise ValueError(f"a piece of {len(piece):,} bytes at {offset:,} does not follow {self!r}")
-        if piece is self._space:
-            self._space = None
+        if self._spaces and piece is self._spaces[0]:
+            self._spaces.popleft()
         elif self._memory is not None:
             self._memory[offset:offset + len(piece)] = piece
         else:

@@ -197,12 +197,20 @@ class Supply:
         if self._starved_since is None:
             self._starved_since, self._next_warning_at = now, now + STARVED_S - CHECK_S
         since = self._starved_since
-        if self._nodes_timeout_s is not None and now - since >= self._nodes_timeout_s:
+        is_alone = not self.has_pool and all(node.state is not NodeState.UP for node in self.nodes)
+        if not self._root.is_open and is_alone and now - since >= max(STARVED_S, self._node_timeout_s):
+            self._root.fail_queued(f"the executor was shut down, and no node offers a slot: {self.describe_missing()}")
+        elif self._nodes_timeout_s is not None and now - since >= self._nodes_timeout_s:
             self._root.fail_queued(f"no node offered a slot within {self._nodes_timeout_s:g} s (nodes_timeout): "
                               f"{self.describe_missing()}")
         elif now >= self._next_warning_at:
             self._next_warning_at = now + STARVED_AGAIN_S
             _log.warning("work is queued but no node offers a slot: %s", self.describe_missing())
+
+    def count_coming(self) -> int:
+        """Count the tasks that slots on their way are for: workers being started, nodes not yet heard of."""
+        new = any(node.state is NodeState.CONNECTING and node.error is None for node in self.nodes)
+        return self._root.session.starting or int(new)
 
     def describe_missing(self) -> str:
         """Say of each node why it gives no slot, and what to do."""

@@ -27,6 +27,7 @@ from distexec.messages import (
     Define,
     Evidence,
     Forget,
+    Free,
     Outcome,
     OutcomeKind,
     Ready,
@@ -38,7 +39,8 @@ from distexec.messages import (
     Undefine,
 )
 from distexec.outbox import QUICK_NS, BlockingLink, Outbox, RunTimes, flush_streams
-from distexec.shipping import Mappings, digest_of, map_segment
+from distexec.resultfiles import ResultFiles
+from distexec.shipping import Mappings, map_segment, shared_file
 
 SMALL_BYTES = 4 << 10
 """Pickles up to this are not counted before the next flush. Larger: many of them could overfill a frame."""
@@ -134,13 +136,13 @@ class _Worker:
         self._skipped: list[tuple[int, int]] = []  # revoked tasks not reported yet, all of one session
         self._skipped_session = 0
         self._is_leaving = False
-        self._own_arenas = 0
+        self._results = ResultFiles()
         self._output_fds = output_fds  # of the captured streams; not 1 and 2, which a task may close
         self._ends = (0, 0)
         self.outbox = Outbox(link)
         self._acts: dict[type, Callable[[Any], None]] = {
             Run: self._on_run, Define: self._on_define, Undefine: self._on_undefine, Segment: self._on_segment,
-            Forget: self._on_forget, Bye: self._on_bye,
+            Forget: self._on_forget, Free: self._results.take_back, Bye: self._on_bye,
         }
 
     def run(self) -> None:
@@ -172,6 +174,7 @@ class _Worker:
         self._page.close()
         while self._arenas:
             os.close(self._arenas.popitem()[1])
+        self._results.close()
         for fd in self._output_fds:
             os.close(fd)
         self._output_fds = ()
@@ -301,8 +304,7 @@ class _Worker:
                     inline_bytes += len(part)
                     wire.append(bytes(part))
                 else:
-                    self._own_arenas += 1
-                    segments.append(new_segment(part, self._own_arenas))
+                    segments.append(self._results.put(part))
                     wire.append(segments[-1][0].blob)
         except OSError as error:  # no memory, no descriptors: the task's own misfortune, told like an error of its own
             for _, fd in segments:
@@ -345,30 +347,6 @@ def unfold(buffer: bytes | BlobRef, locate: Callable[[BlobRef], tuple[int, int]]
     if type(buffer) is not BlobRef:
         return buffer
     return map_blob(*locate(buffer), buffer.size_bytes)
-
-
-def new_segment(part: bytes | memoryview, arena: int) -> tuple[Segment, int]:
-    """Copy bytes into a shared-memory file of their own; return how to announce it, and its descriptor."""
-    fd = shared_file()
-    try:
-        rest = memoryview(part)
-        while rest:
-            rest = rest[os.write(fd, rest):]
-        return Segment(BlobRef(digest_of(part), len(part)), arena, 0), fd
-    except BaseException:
-        os.close(fd)
-        raise
-
-
-def shared_file() -> int:
-    """Open a file without a name: in memory, or in the temporary directory on systems that cannot do that."""
-    if hasattr(os, "memfd_create"):
-        return os.memfd_create("distexec")
-    import tempfile
-
-    fd, path = tempfile.mkstemp(prefix="distexec-")
-    os.unlink(path)
-    return fd
 
 
 # ---- a worker's life
@@ -419,6 +397,7 @@ def _initialize(worker: _Worker, initializer: Initializer) -> bool:
     try:
         initializer(worker.unpacker)
     except BaseException as error:  # SystemExit too: whatever it is, there will be no worker, and the client hears why
+        _log_failure()
         evidence = Evidence("", os.getpid(), reason=f"the initializer raised {type(error).__name__}: {error}")
         traceback = error.__traceback__ and error.__traceback__.tb_next
         worker.outbox.append(SessionFailed(0, evidence, worker.unpacker.pack_error(error, traceback)))
@@ -426,6 +405,20 @@ def _initialize(worker: _Worker, initializer: Initializer) -> bool:
         return False
     flush_streams()
     return True
+
+
+def _log_failure() -> None:
+    """Log what is being handled as the standard pool's workers do, if the initializer set up a place for it.
+
+    The client logs it in any case; here only handlers matter that exist nowhere else, such as one that feeds a queue.
+    """
+    logging = sys.modules.get("logging")
+    if logging is None or not logging.getLogger("concurrent.futures").hasHandlers():
+        return
+    logging.getLogger("concurrent.futures").critical("Exception in initializer:", exc_info=True)
+    util = sys.modules.get("multiprocessing.util")
+    if util is not None:
+        util._run_finalizers()  # queues send what their threads still hold
 
 
 def _redirect(outputs: tuple[int, int]) -> None:

@@ -51,7 +51,7 @@ LEFT_OUT: dict[str, LeftOut] = {
     "ProcessPoolExecutorTest.test_idle_process_reuse_multiple": LeftOut(PROCESSES, "test_idle_worker_is_used_again"),
     "ProcessPoolExecutorTest.test_max_tasks_per_child": LeftOut(PROCESSES, "test_max_tasks_per_child"),
     "ProcessPoolExecutorTest.test_max_tasks_per_child_defaults_to_spawn_context": LeftOut(
-        "reads ProcessPoolExecutor's _mp_context", "test_max_tasks_per_child_means_spawn"),
+        "reads ProcessPoolExecutor's _mp_context", "test_max_tasks_per_child_gives_fresh_processes"),
     "ProcessPoolExecutorTest.test_python_finalization_error": LeftOut(
         "mocks the second thread that ProcessPoolExecutor starts", "test_no_thread_can_be_started"),
     "ProcessPoolShutdownTest.test_processes_terminate": LeftOut(PROCESSES, "test_workers_end_with_shutdown"),

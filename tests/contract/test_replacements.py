@@ -13,15 +13,15 @@ from concurrent.futures import BrokenExecutor, Executor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from pickle import PicklingError
+from types import ModuleType
 from typing import Any
 
 import psutil
 import pytest
 
+from tests.contract.chores import PATIENCE_S, ErrorAtPickle, double, fail_to_initialize, has_module, stay
 from tests.contract.substitute import IS_PEER, AgentExecutor, LocalExecutor, TemplateExecutor, import_line
 from tests.leaks import wait_until
-
-PATIENCE_S = 30.0
 
 Make = Callable[..., Executor]
 
@@ -40,13 +40,6 @@ def make(request: pytest.FixtureRequest) -> Make:
     return make_local
 
 
-def stay(directory: str) -> int:
-    """Note that this process is here, and stay until told to go."""
-    (Path(directory) / str(os.getpid())).touch()
-    assert wait_until(Path(directory, "go").exists, PATIENCE_S)
-    return os.getpid()
-
-
 def let_go(directory: Path) -> None:
     (directory / "go").touch()
 
@@ -59,25 +52,6 @@ def staying(directory: Path) -> set[int]:
 def wait_staying(directory: Path, count: int) -> set[int]:
     assert wait_until(lambda: len(staying(directory)) >= count, PATIENCE_S)
     return staying(directory)
-
-
-def double(x: int) -> int:
-    return 2 * x
-
-
-def process_class() -> str:
-    return type(multiprocessing.current_process()).__name__
-
-
-def fail_to_initialize(log_queue: Any = None) -> None:
-    raise ValueError("error in initializer")
-
-
-class ErrorAtPickle:
-    """Cannot be pickled."""
-
-    def __reduce__(self) -> str:
-        raise PicklingError("Error in pickle")
 
 
 def test_killed_worker(make: Make, tmp_path: Path) -> None:
@@ -116,10 +90,11 @@ def test_max_tasks_per_child(make: Make) -> None:
     assert pids[0] == pids[1] == pids[2] != pids[3] == pids[4] == pids[5] != pids[6]
 
 
-def test_max_tasks_per_child_means_spawn() -> None:
-    """Without a context, max_tasks_per_child gives spawned workers."""
-    with TemplateExecutor(1, max_tasks_per_child=3) as executor:
-        assert executor.submit(process_class).result(PATIENCE_S) == "SpawnProcess"
+def test_max_tasks_per_child_gives_fresh_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a context, each new worker starts clean: it has inherited nothing that is in the client's memory."""
+    monkeypatch.setitem(sys.modules, "made_in_the_client", ModuleType("made_in_the_client"))
+    with TemplateExecutor(1, max_tasks_per_child=1) as executor:
+        assert [executor.submit(has_module, "made_in_the_client").result(PATIENCE_S) for _ in range(3)] == [False] * 3
 
 
 @pytest.mark.skipif(IS_PEER, reason="ProcessPoolExecutor leaves processes here, and hangs at exit")
@@ -217,7 +192,7 @@ def test_failing_initializer(make: Make) -> None:
 SCRIPT = """
 import multiprocessing
 from concurrent.futures import BrokenExecutor
-from tests.contract.test_replacements import fail_to_initialize
+from tests.contract.chores import fail_to_initialize
 
 if __name__ == "__main__":
     context = multiprocessing.get_context({method!r})

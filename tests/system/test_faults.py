@@ -250,6 +250,19 @@ def test_hundred_kills(make: Make, tmp_path: Path) -> None:
     assert sorted(map(int, deeds.notes(tmp_path / "work"))) == list(range(100))
 
 
+def test_kill_while_arguments_travel(make: Make, tmp_path: Path) -> None:
+    """Tasks killed while their large arguments are on their way end, and those between them get theirs."""
+    with make(2) as executor:
+        pairs = [(executor.submit(len, bytes([number]) * (4 << 20)), executor.submit(len, bytes([number]) * (2 << 20)))
+                 for number in range(12)]
+        for victim, _ in pairs:
+            victim.kill()
+        for victim, other in pairs:
+            assert isinstance(_error_of(victim), TaskKilled | CancelledError | None)
+            assert other.result(WAIT_S) == 2 << 20
+        assert_both_slots_work(executor, tmp_path / "both")
+
+
 def test_hundred_timeouts(make: Make, tmp_path: Path) -> None:
     """A hundred tasks that end about when their time is up: each ends or times out, and no slot is lost."""
     random.seed(5)

@@ -320,20 +320,23 @@ def test_a_byte_now_and_then(site: Site, caplog: pytest.LogCaptureFixture) -> No
     assert site.heard == []
 
 
-def test_many_half_open_connections(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+def test_many_half_open_connections(site: Site, caplog: pytest.LogCaptureFixture,
+                                    monkeypatch: pytest.MonkeyPatch) -> None:
     """A flood of silent connections holds few places for a short time; links there are go on, and the log is short."""
+    monkeypatch.setattr(opening, "STRANGER_S", 3.0)  # time for all to come
     with contextlib.ExitStack() as stack:
         flood = []
         for _ in range(300):
             with contextlib.suppress(OSError):
                 flood.append(stack.enter_context(site.connect()))
-        assert wait_until(lambda: sum(site.listener._gate.strangers.values()) == gate.MAX_STRANGERS_OF_ONE)
+        assert wait_until(lambda: "connections from there have not proved the secret" in caplog.text)
+        assert sum(site.listener._gate.strangers.values()) <= gate.MAX_STRANGERS_OF_ONE
         site.check()
         assert site.is_empty
         for sock in flood:
             assert read_to_end(sock) == b""
     site.check()
-    assert len([line for line in caplog.text.splitlines() if "refused" in line]) <= 3
+    assert len([line for line in caplog.text.splitlines() if "refused" in line]) <= 9  # three reasons, now and then
     assert "127.0.0.1:" in caplog.text
 
 

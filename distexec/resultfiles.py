@@ -1,0 +1,123 @@
+"""Where a worker puts results too large for a message: shared-memory files, used again once the pool gives them back.
+
+    put(bytes) ── Segment + descriptor ──► pool ── mapped by the client, or sent on ──► Free(arena) ──► used again
+
+New pages cost three times what copying costs, hence the reuse. The rule: a file is written to only while nobody but us
+can see it, so only after the pool said that it is reusable; a file it says nothing of is not touched again. Part of
+every worker, so it imports little.
+"""
+
+from __future__ import annotations
+
+import os
+
+from distexec.messages import BlobRef, Free, Segment
+from distexec.shipping import COPY_BYTES, shared_file
+
+__all__ = ["KEPT_BYTES", "ResultFiles"]
+
+KEPT_BYTES = 128 << 20
+"""Of files that are to be used again. Smaller: large results take new pages every time. Larger: idle memory."""
+
+KEPT_COUNT = 8
+"""Descriptors held for them. Smaller: many small results in a row take new files."""
+
+SPACIOUS = 4
+"""How many times its size a result may be given. Larger: a small result keeps the memory of a large one."""
+
+
+class _File:
+    """A file of ours: its arena number, descriptor and size in bytes; whether nobody else sees it."""
+
+    __slots__ = ("fd", "is_free", "number", "size_bytes")
+
+    def __init__(self, number: int, fd: int, size_bytes: int) -> None:
+        self.number, self.fd, self.size_bytes = number, fd, size_bytes
+        self.is_free = False
+
+
+class ResultFiles:
+    """The files that a worker keeps for its results. Used by the thread that runs tasks only."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, _File] = {}  # by number, oldest use first
+        self._numbers = 0
+
+    def __repr__(self) -> str:
+        free = sum(file.is_free for file in self._kept.values())
+        return f"<ResultFiles: {len(self._kept)} kept, {free} free>"
+
+    def put(self, part: bytes | memoryview) -> tuple[Segment, int]:
+        """Copy bytes into a file; return how to announce it, and a descriptor of it that becomes the caller's.
+
+        Raises OSError if there is no memory, or no descriptor.
+        """
+        size = len(part)
+        file = self._find(size) or self._make(size)
+        try:
+            blob = BlobRef(_write_and_digest(file.fd, memoryview(part)), size)
+            fd = os.dup(file.fd) if size <= KEPT_BYTES else file.fd
+        except BaseException:
+            os.close(file.fd)
+            raise
+        if fd == file.fd:
+            return Segment(blob, 0, 0), fd
+        self._kept[file.number] = file
+        self._make_room()
+        return Segment(blob, file.number, 0), fd
+
+    def take_back(self, free: Free) -> None:
+        """Use a file again, or never if a fork of the client may see it. Arena 0: give up all that is free."""
+        if not free.arena:
+            for file in [file for file in self._kept.values() if file.is_free]:
+                self._drop(file)
+        elif free.arena in self._kept:
+            if free.is_reusable:
+                self._kept[free.arena].is_free = True
+            else:
+                self._drop(self._kept[free.arena])
+
+    def close(self) -> None:
+        """Close all descriptors."""
+        for file in list(self._kept.values()):
+            self._drop(file)
+
+    def _find(self, size: int) -> _File | None:
+        fitting = [file for file in self._kept.values() if file.is_free and size <= file.size_bytes <= SPACIOUS * size]
+        if not fitting:
+            return None
+        file = self._kept.pop(min(fitting, key=lambda each: each.size_bytes).number)
+        self._numbers += 1
+        file.number, file.is_free = self._numbers, False  # anew: what is said of its last use must not concern this one
+        return file
+
+    def _make(self, size: int) -> _File:
+        self._numbers += 1
+        return _File(self._numbers, shared_file(), size)
+
+    def _make_room(self) -> None:
+        """Keep to the limits: free files go first, then those lent longest, whose memory is their holders' then."""
+        by_use = sorted(self._kept.values(), key=lambda file: not file.is_free)
+        kept_bytes = sum(file.size_bytes for file in by_use)
+        for file in by_use:
+            if kept_bytes <= KEPT_BYTES and len(self._kept) <= KEPT_COUNT:
+                return
+            kept_bytes -= file.size_bytes
+            self._drop(file)
+
+    def _drop(self, file: _File) -> None:
+        del self._kept[file.number]
+        os.close(file.fd)
+
+
+def _write_and_digest(fd: int, source: memoryview) -> bytes:
+    import xxhash
+
+    hasher = xxhash.xxh3_128()
+    at = 0
+    while at < len(source):
+        piece = source[at:at + COPY_BYTES]
+        done = os.pwrite(fd, piece, at)
+        hasher.update(piece[:done])
+        at += done
+    return hasher.digest()
