@@ -429,7 +429,7 @@ class FdLink(Link):
         for frame in others:
             self._write(frame)
 
-    def _write_with_fds(self, frame: bytes | bytearray, fds: list[int]) -> None:
+    def _write_with_fds(self, frame: bytes | memoryview, fds: list[int]) -> None:
         if self._broken:
             _close_all(fds)
             return

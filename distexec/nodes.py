@@ -259,6 +259,14 @@ class Node:
             return isinstance(message, (Ping, Pong, Hello))
         return True
 
+    def _receive_whole(self, outcome: Outcome, refs: list[BlobRef]) -> None:
+        """Pass on an outcome whose blobs are here; let them go again if it comes too late to count."""
+        with self._dispatcher.lock:
+            is_wanted = self._dispatcher.scheduler.expects(self, outcome)
+        self._dispatcher.receive(self, [outcome])
+        for ref in () if is_wanted else refs:
+            self._store.release(ref)
+
     def _fetch(self, outcome: Outcome) -> bool:
         """Pull an outcome's blobs before the scheduler hears of it: until then the node still holds the lease."""
         refs = [ref for ref in outcome.buffers if isinstance(ref, BlobRef)]
@@ -270,7 +278,7 @@ class Node:
             nonlocal left
             left -= 1
             if not left:
-                self._dispatcher.receive(self, [outcome])
+                self._receive_whole(outcome, refs)
 
         def on_failed(ref: BlobRef, reason: str) -> None:
             if self.link is not None:  # else the outcome is said again once the link is back

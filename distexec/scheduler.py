@@ -283,6 +283,12 @@ class Scheduler:
         """Count what a peer holds, over all sessions."""
         return sum(len(session.lanes[peer].leases) for session in self.sessions if peer in session.lanes)
 
+    def expects(self, peer: Peer, outcome: Outcome) -> bool:
+        """Say whether an outcome would count now, so that its blobs will be wanted."""
+        lane = self._lanes.get((peer, outcome.session))
+        task = lane.session.tasks.get(outcome.seq) if lane is not None else None
+        return task is not None and task.run.attempt == outcome.attempt
+
     def _open_lane(self, session: Session, peer: Peer) -> None:
         name, window_s = self._nodes[peer]
         lane = session.lanes.get(peer)

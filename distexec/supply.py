@@ -20,8 +20,8 @@ from .nodes import Node, NodeState
 from .report import NodeStatus
 
 if TYPE_CHECKING:
-    from .handshake import Credentials
     from .dispatcher import Dispatcher
+    from .handshake import Credentials
     from .ledger import Session
     from .payload import CallPacker
     from .pool import Pool, Worker

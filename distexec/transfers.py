@@ -20,10 +20,10 @@ __all__ = ["ChunkLink", "Transfers"]
 CHUNK_BYTES = 256 << 10
 """Of a blob, in one message. Larger: a control message waits longer behind it. Smaller: more work per byte."""
 
-WINDOW_BYTES = 4 << 20
+WINDOW_BYTES = 8 << 20
 """Sent of one blob and not yet consumed. Smaller: a long way is not filled. Larger: more memory at a slow receiver."""
 
-CREDIT_BYTES = 1 << 20
+CREDIT_BYTES = 2 << 20
 """Consumed before the sender is told. Near the window: the sender stalls. Smaller: more messages."""
 
 BACKLOG_BYTES = 1 << 20

@@ -40,7 +40,7 @@ from distexec.messages import (
 )
 from distexec.outbox import QUICK_NS, BlockingLink, Outbox, RunTimes, flush_streams
 from distexec.resultfiles import ResultFiles
-from distexec.shipping import Mappings, map_segment, shared_file
+from distexec.shipping import Mappings, map_segment
 
 SMALL_BYTES = 4 << 10
 """Pickles up to this are not counted before the next flush. Larger: many of them could overfill a frame."""

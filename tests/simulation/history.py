@@ -116,6 +116,7 @@ class _Story:
         world.node_timeout_s = {WILD: random.choice((0.03, 0.15, 1.0)), STORM: random.choice((0.02, 0.1))}.get(
             self.mood, 1.0
         )
+        world.orphan_s = random.choice((0.1, 3.0)) if self.mood in (WILD, STORM) else 3.0
         world.absence = random.choice((0.0, 0.0, 0.5))
         self.uses_pins = random.random() < 0.3
         self.uses_limits = random.random() < 0.3
@@ -325,7 +326,7 @@ class _Story:
 
     def _end_client(self) -> None:
         alive = [root for root in self.world.roots if root.is_alive]
-        if len(alive) > 1 and self.random.random() < 0.3:
+        if len(alive) > 1:
             root = self.random.choice(alive)
             if self.random.random() < 0.5:
                 root.crash()

@@ -16,15 +16,16 @@ from distexec.messages import Lost, Outcome, Run
 from distexec.placement import Placement
 from distexec.scheduler import Scheduler
 
-from .history import play
+from .history import STORM, play
 
 Original = Callable[..., Any]
 
 
 class Mutant:
-    """A method of `owner` replaced by `wrong(original)`."""
+    """A method of `owner` replaced by `wrong(original)`; `mood` is that of the histories in which it does most harm."""
 
-    def __init__(self, owner: Any, method: str, wrong: Callable[[Original], Original]) -> None:
+    def __init__(self, owner: Any, method: str, wrong: Callable[[Original], Original], mood: str | None = None) -> None:
+        self.mood = mood
         self.name = (wrong.__doc__ or "").rstrip(".")
         self._owner, self._method, self._wrong = owner, method, wrong
 
@@ -49,7 +50,7 @@ def caught(mutant: Mutant, seeds: Iterable[int]) -> tuple[int, str] | None:
     with mutant.planted():
         for count, seed in enumerate(seeds, 1):
             try:
-                play(seed)
+                play(seed, mood=mutant.mood)
             except Exception as failure:  # any: a wrong scheduler may also trip over its own feet
                 return count, f"{type(failure).__name__}: {failure}"
     return None
@@ -282,15 +283,15 @@ PLANTED_BY_THE_ISSUE = [
     Mutant(Placement, "_lease", _double_a_lease),
     Mutant(Placement, "reindex", _leak_a_slot),
     Mutant(Placement, "requeue", _forget_a_requeue),
-    Mutant(Scheduler, "_late", _accept_a_stale_attempt),
+    Mutant(Scheduler, "_late", _accept_a_stale_attempt, STORM),
 ]
 
 MORE = [
     Mutant(Scheduler, "_died", _charge_nothing),
-    Mutant(Placement, "adopt", _charge_twice),
+    Mutant(Placement, "adopt", _charge_twice, STORM),
     Mutant(Scheduler, "worker_gone", _requeue_what_died),
     Mutant(Placement, "taken_back", _take_back_what_runs),
-    Mutant(Scheduler, "_on_resume", _keep_what_was_dropped),
+    Mutant(Scheduler, "_on_resume", _keep_what_was_dropped, STORM),
     Mutant(Placement, "revoke", _revoke_only_once),
     Mutant(shares, "regrant", _promise_too_much),
     Mutant(Lane, "has_room", _ignore_the_window),

@@ -26,7 +26,8 @@ from distexec.messages import (
 )
 from distexec.outbox import BlockingLink
 from distexec.protocol import HEADER_BYTES, FrameDecoder
-from distexec.worker import PAGE_BYTES, WorkerPage, shared_file
+from distexec.shipping import shared_file
+from distexec.worker import PAGE_BYTES, WorkerPage
 from tests.system import chores
 from tests.system.rig import ROOT, Caller, await_arrival, gate, open_gate
 

@@ -93,6 +93,84 @@ def test_receiving_into_space_is_the_same(sent: list[Message], places: list[int]
     assert received == sent * 2
 
 
+chunks = st.builds(Chunk, st.binary(min_size=16, max_size=16), numbers,
+                   st.sampled_from([0, 1, 60_000, 70_000, 200_000]).map(lambda size: bytes(range(100)) * (size // 100)))
+
+
+@given(chunks)
+def test_a_chunk_is_packed_as_it_is_encoded(chunk: Chunk) -> None:
+    """The pieces of a chunk that is sent without a copy make a frame like any other."""
+    frame = b"".join(pack([chunk]))
+    assert FrameDecoder(FromUpstream).feed(frame) == [chunk]
+
+
+@given(st.lists(chunks, min_size=1, max_size=4), st.lists(st.integers(0, 10**6), max_size=12), st.booleans(),
+       st.booleans())
+def test_chunks_go_where_they_are_wanted(sent: list[Chunk], places: list[int], is_wanted: bool, uses_space: bool) -> None:
+    """However the stream is cut, chunks arrive in order with their bytes, in place or not; other messages as always."""
+    decoder = FrameDecoder(FromUpstream)
+    given_out: list[memoryview] = []
+
+    def place(digest: bytes, offset: int, length: int) -> memoryview | None:
+        assert Chunk(digest, offset, bytes(length)) in [Chunk(e.digest, e.offset, bytes(len(e.data))) for e in sent]
+        if not is_wanted:
+            return None
+        given_out.append(memoryview(bytearray(length)))
+        return given_out[-1]
+
+    decoder.place_chunk = place
+    received: list[Message] = []
+    for piece in cut(b"".join(b"".join(pack([each])) + encode([RUN]) for each in sent), places):
+        while piece:
+            space = decoder.space() if uses_space else None
+            if space is None:
+                received += decoder.feed(piece)
+                break
+            size = min(len(space), len(piece))
+            space[:size] = piece[:size]
+            received += decoder.grew(size)
+            piece = piece[size:]
+    assert received == [message for each in sent for message in (each, RUN)]
+    assert all(any(message.data is view for message in received if isinstance(message, Chunk)) for view in given_out)
+
+
+def test_a_displaced_chunk_is_dropped() -> None:
+    """The rest of a chunk whose place is used for something else goes nowhere, and what follows it is heard."""
+    decoder = FrameDecoder(FromUpstream)
+    view = memoryview(bytearray(100_000))
+    decoder.place_chunk = lambda *_: view
+    frame = b"".join(pack([Chunk(b"d" * 16, 5, b"x" * 100_000)]))
+    assert decoder.feed(frame[:50_000]) == []
+    decoder.displace_chunk(b"another blob's..")
+    assert decoder.feed(frame[50_000:60_000]) == []
+    decoder.displace_chunk(b"d" * 16)
+    before = bytes(view)
+    assert decoder.feed(frame[60_000:] + encode([RUN])) == [RUN]
+    assert bytes(view) == before != b"x" * 100_000
+    decoder.displace_chunk(b"d" * 16)  # nothing is under way
+    assert len(decoder.feed(frame)) == 1
+
+
+@pytest.mark.parametrize("at", range(35))
+def test_what_only_resembles_a_chunk_is_not_placed(at: int) -> None:
+    """A frame that differs from a chunk's in any byte before the data is decoded, or refused, like any other."""
+    frame = bytearray(b"".join(pack([Chunk(b"d" * 16, 70_000, b"x" * 70_000)])))
+    asked: list[tuple[bytes, int, int]] = []
+    frame[at] ^= 0x05
+    decoder = FrameDecoder(FromUpstream)
+
+    def place(digest: bytes, offset: int, length: int) -> None:
+        asked.append((digest, offset, length))
+
+    decoder.place_chunk = place
+    try:
+        decoder.feed(memoryview(frame)[:60_000])
+        decoder.feed(memoryview(frame)[60_000:])
+    except ProtocolError:
+        pass  # as any malformed frame
+    assert all(length == 70_000 for _, _, length in asked)
+
+
 def test_feed_does_not_keep_the_buffer() -> None:
     """The caller may overwrite its buffer at once: decoded bytes are copies, parts of frames too."""
     data = bytearray(encode([RUN])) + bytearray(encode([RUN]))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from typing import cast
 
 import pytest
 
 from distexec import transfers
 from distexec.messages import BlobRef, Chunk, Credit, Fetch, Message, Missing, Ping
+from distexec.protocol import PlaceChunk
 from distexec.shipping import BlobStore
 from distexec.transfers import Transfers
 
@@ -22,12 +24,13 @@ class FakeLink:
     def __init__(self) -> None:
         self.sent: deque[Message] = deque()
         self.pending_bytes = 0
+        self.displaced: list[bytes] = []
 
-    def place_chunks(self, place: object) -> None:
-        """Not in place: here a chunk is delivered whole."""
+    def place_chunks(self, place: PlaceChunk) -> None:
+        self.place = place
 
     def displace_chunk(self, digest: bytes) -> None:
-        """Nothing is ever half received."""
+        self.displaced.append(digest)
 
     def send(self, messages: Sequence[Message]) -> None:
         self.sent.extend(messages)
@@ -36,9 +39,10 @@ class FakeLink:
 class Ends:
     """Two vertices with a store each and a link between them, and a clock that never moves by itself."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, keeps_received: bool = False) -> None:
         self.later: list[Callable[[], None]] = []
-        self.stores = BlobStore(), BlobStore()
+        self.is_in_place = False
+        self.stores = BlobStore(), BlobStore(keeps_received=keeps_received)
         self.links = FakeLink(), FakeLink()
         self.transfers = tuple(Transfers(link, store, self.call_later)
                                for link, store in zip(self.links, self.stores, strict=True))
@@ -57,10 +61,18 @@ class Ends:
         while self.links[side].sent and len(moved) < limit:
             message = self.links[side].sent.popleft()
             if isinstance(message, Chunk):
-                message = Chunk(message.digest, message.offset, bytes(message.data))
+                message = Chunk(message.digest, message.offset, self.received(side, message))
             assert self.transfers[1 - side].handle(message)
             moved.append(message)
         return moved
+
+    def received(self, side: int, chunk: Chunk) -> bytes:
+        """Receive a chunk's data as a link does: where the other end wants it, or anywhere."""
+        space = self.links[1 - side].place(chunk.digest, chunk.offset, len(chunk.data)) if self.is_in_place else None
+        if space is None:
+            return bytes(chunk.data)
+        space[:] = chunk.data
+        return cast("bytes", space)
 
     def settle(self) -> None:
         while self.links[0].sent or self.links[1].sent:
@@ -90,6 +102,53 @@ class TestTransfers:
         assert not ends.stores[0].has(ref)
         assert repr(ends.transfers[0]) == "<Transfers: 0 out, 0 in>"
 
+    @pytest.mark.parametrize("size", [0, 1, transfers.CHUNK_BYTES + 1, 11 * MIB + 3])
+    @pytest.mark.parametrize("is_in_place", [False, True])
+    def test_for_the_end_of_the_way(self, size: int, is_in_place: bool) -> None:
+        """What a root pulls is taken by its owner without a copy, by each of several owners with one of its own."""
+        ends = Ends(keeps_received=True)
+        ends.is_in_place = is_in_place
+        content = os.urandom(size)
+        ref = ends.stores[0].put(content)
+        ends.pull(ref)
+        ends.pull(ref)
+        ends.settle()
+        assert ends.events == [("done", ref)] * 2
+        first, second = ends.stores[1].take(ref), ends.stores[1].take(ref)
+        assert first == second == content
+        if size:
+            first[0] ^= 1
+        assert second == content
+        for store in ends.stores:
+            store.close()
+
+    def test_in_place_and_in_a_batch(self, ends: Ends) -> None:
+        """Places are given out ahead of the messages; what is then delivered in order becomes the blob."""
+        content = os.urandom(3 * MIB)
+        ref = ends.stores[0].put(content)
+        ends.pull(ref)
+        ends.deliver(1)
+        sent = [message for message in ends.links[0].sent if isinstance(message, Chunk)]
+        ends.links[0].sent.clear()
+        place = ends.links[1].place
+        assert place(ref.digest, 5, 100) is None  # not the next
+        assert place(ref.digest, 0, 4 * MIB) is None  # more than there is
+        assert place(b"?" * 16, 0, 100) is None
+        ends.is_in_place = True
+        for message in [Chunk(each.digest, each.offset, ends.received(0, each)) for each in sent]:
+            ends.transfers[1].handle(message)
+        assert ends.events == [("done", ref)]
+        assert ends.stores[1].view(ref) == content
+
+    def test_a_failed_pull_takes_its_place_back(self, ends: Ends) -> None:
+        """Nothing is received any more into space that was given up."""
+        ref = ends.stores[0].put(os.urandom(MIB))
+        ends.pull(ref)
+        assert ends.links[1].place(ref.digest, 0, 1000) is not None
+        ends.transfers[1].close()
+        assert ends.links[1].displaced == [ref.digest]
+        assert ends.links[1].place(ref.digest, 1000, 1000) is None
+
     def test_chunks_are_small_and_wait_for_credit(self, ends: Ends) -> None:
         """Without credit no more than a window is sent, in chunks of at most 256 KiB."""
         ref = ends.stores[0].put(bytes(20 * MIB))
@@ -100,7 +159,8 @@ class TestTransfers:
         assert max(len(chunk.data) for chunk in chunks) == 256 * 1024
         ends.deliver(0)
         ends.deliver(1, limit=1)
-        assert sum(len(message.data) for message in ends.links[0].sent if isinstance(message, Chunk)) == MIB
+        sent = sum(len(message.data) for message in ends.links[0].sent if isinstance(message, Chunk))
+        assert sent == transfers.CREDIT_BYTES
 
     def test_transfers_take_turns(self, ends: Ends) -> None:
         """A small blob fetched after a large one does not wait for it."""

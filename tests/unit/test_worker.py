@@ -6,7 +6,8 @@ import os
 
 import pytest
 
-from distexec.worker import PAGE_BYTES, WorkerPage, shared_file
+from distexec.shipping import shared_file
+from distexec.worker import PAGE_BYTES, WorkerPage
 
 
 @pytest.fixture
