@@ -313,11 +313,12 @@ class ClusterExecutor(_Submitter):
             root.dispatcher.call(lambda now: root.scheduler.limit_node(node, slots, now))
 
     def wait_for_slots(self, slots: int, timeout: float | None = None) -> bool:
-        """Block until that many slots can be used; False if `timeout` seconds passed first."""
+        """Block until that many slots can be used; False if `timeout` seconds passed first, or the executor was closed."""
         root = self._root
         root.start()
         with root.supply.changed:
-            return root.supply.changed.wait_for(lambda: root.supply.slots() >= slots, timeout)
+            root.supply.changed.wait_for(lambda: root.is_closed or root.supply.slots() >= slots, timeout)
+        return not root.is_closed and root.supply.slots() >= slots
 
     def _node(self, name: str) -> Any:
         for node in self._root.supply.nodes:

@@ -102,17 +102,20 @@ class IoThread:
         self._calls: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
         self._timers: list[Timer] = []  # I/O thread
         self._timers_limit = 64
-        self._selector = selectors.DefaultSelector()  # I/O thread
         self._changed: set[int] = set()  # descriptors no longer watched since the selector spoke last; I/O thread
-        self._waker_in, self._waker_out = socket.socketpair()
-        self._waker_in.setblocking(False)
-        self._waker_out.setblocking(False)
         self._is_woken = False  # a wake-up is under way: saves call_soon the system call
         self._stop_by = 0.0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._selector.register(self._waker_in, selectors.EVENT_READ, self._on_woken)
+        self._open()
         _threads.add(self)
+
+    def _open(self) -> None:
+        self._selector = selectors.DefaultSelector()  # I/O thread
+        self._waker_in, self._waker_out = socket.socketpair()
+        self._waker_in.setblocking(False)
+        self._waker_out.setblocking(False)
+        self._selector.register(self._waker_in, selectors.EVENT_READ, self._on_woken)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name!r}: {len(self.tenants)} tenants>"
@@ -274,12 +277,14 @@ class IoThread:
 
     def abandon(self) -> None:
         """Close the descriptors in a forked child, where they would keep connections of the parent open, and do no
-        more."""
+        more; a thread that was not started yet may be the child's own."""
         self._selector.close()
         self._waker_in.close()
         self._waker_out.close()
         for tenant in self.tenants:
             self.guard(tenant.abandon)
+        if not self._thread.ident and not self.is_stopping:
+            self._open()
 
 
 def _nothing_more() -> None:

@@ -218,7 +218,7 @@ class LaneState(Enum):
 class Lane:
     """One session's leases on one downstream peer: a worker (one slot, ordered) or a node (as many as it offers)."""
 
-    __slots__ = ("defined", "has_failed", "is_stalled", "is_worker", "leases", "limit", "name", "offered", "peer",
+    __slots__ = ("birth", "defined", "has_failed", "is_stalled", "is_worker", "leases", "limit", "name", "offered", "peer",
                  "remaining", "revoke_end", "revoke_range", "revoked_from", "sent", "session", "since", "slots", "state",
                  "suspended_at", "unknown", "wanted", "window_s", "work_s")
 
@@ -236,6 +236,7 @@ class Lane:
         self.state = LaneState.ACTIVE
         self.suspended_at = 0.0
         self.since = 0.0  # last time an outcome came or an idle peer was given work
+        self.birth = 0  # which beginning of the session the node last spoke of
         self.is_stalled = False  # it was asked to give work back, and has ended nothing since
         self.wanted = False  # we told the node that tasks wait
         self.has_failed = False  # the node cannot run the session
@@ -290,16 +291,17 @@ class Lane:
 class Session:
     """One executor's tenancy at one vertex."""
 
-    __slots__ = ("ahead", "busy", "capped", "ceiling", "closing", "code", "estimates", "failed", "failure", "free",
-                 "granted", "id", "lanes", "limited", "no", "opened", "orphaned_at", "owed", "peak", "peak_at", "pinned",
-                 "queue", "reconciling", "served", "served_at", "starting", "tasks", "told", "unacked", "uplink_no",
-                 "upstream", "waiting", "want", "wanted", "weight", "workers")
+    __slots__ = ("ahead", "birth", "busy", "capped", "ceiling", "closing", "code", "estimates", "failed", "failure",
+                 "free", "granted", "id", "lanes", "limited", "no", "opened", "orphaned_at", "owed", "peak", "peak_at",
+                 "pinned", "queue", "reconciling", "served", "served_at", "starting", "tasks", "told", "unacked",
+                 "uplink_no", "upstream", "waiting", "want", "wanted", "weight", "workers")
 
-    def __init__(self, opened: Open, upstream: Peer | None, number: int) -> None:
+    def __init__(self, opened: Open, upstream: Peer | None, number: int, birth: int = 0) -> None:
         self.opened = opened
         self.id = opened.id
         self.upstream = upstream  # None at the root, and while an orphan
         self.uplink_no = opened.session  # the session's number on the link above
+        self.birth = birth  # which session of this vertex's life it is
         self.no = number  # and on the links below
         self.weight = opened.weight
         self.ceiling = opened.ceiling  # most slots it may use; 0: all

@@ -185,6 +185,7 @@ class Offer(Struct, frozen=True, array_like=True, tag=21, gc=False):
 
     session: int
     slots: int
+    birth: int = 0  # tells this beginning of the session here from others of the speaker's life; 0: unknown
 
 
 class Outcome(Struct, frozen=True, array_like=True, tag=22, gc=False):
@@ -257,6 +258,7 @@ class Held(Struct, frozen=True, array_like=True, tag=27, gc=False):
     session: int
     leases: list[tuple[int, int]]
     outcomes: list[tuple[int, int]]
+    birth: int = 0  # as in `Offer`; if it is not what was offered, what was leased before is gone
 
 
 class Load(Struct, frozen=True, array_like=True, tag=28, gc=False):

@@ -24,6 +24,7 @@ from multiprocessing.context import BaseContext
 from typing import Any, Protocol, cast
 
 from distexec.errors import describe_exit
+from distexec.memory import shared_file
 from distexec.messages import (
     BlobRef,
     Buffers,
@@ -43,7 +44,7 @@ from distexec.messages import (
     SessionSpec,
     Stream,
 )
-from distexec.shipping import BlobStore, shared_file
+from distexec.shipping import BlobStore
 from distexec.starters import Call, ContextStarter, Exit, Starter, TemplateStarter, drain
 from distexec.transport import Link, Loop, Timer
 from distexec.worker import PAGE_BYTES, WorkerPage

@@ -9,10 +9,12 @@ every worker, so it imports little.
 
 from __future__ import annotations
 
+import mmap
 import os
+from typing import cast
 
+from distexec.memory import COPY_BYTES, advise, map_memory, shared_file, write_at
 from distexec.messages import BlobRef, Free, Segment
-from distexec.shipping import COPY_BYTES, shared_file
 
 __all__ = ["KEPT_BYTES", "ResultFiles"]
 
@@ -27,13 +29,35 @@ SPACIOUS = 4
 
 
 class _File:
-    """A file of ours: its arena number, descriptor and size in bytes; whether nobody else sees it."""
+    """A file of ours: its arena number, descriptor and size in bytes; whether nobody else sees it; a view once reused."""
 
-    __slots__ = ("fd", "is_free", "number", "size_bytes")
+    __slots__ = ("fd", "is_free", "number", "size_bytes", "view")
 
     def __init__(self, number: int, fd: int, size_bytes: int) -> None:
         self.number, self.fd, self.size_bytes = number, fd, size_bytes
         self.is_free = False
+        self.view: memoryview | None = None
+
+    def write(self, source: memoryview) -> bytes:
+        """Copy bytes to the start; return their digest."""
+        import xxhash
+
+        hasher = xxhash.xxh3_128()
+        for at in range(0, len(source), COPY_BYTES):
+            piece = source[at:at + COPY_BYTES]
+            if self.view is not None:
+                self.view[at:at + len(piece)] = piece
+            else:
+                write_at(self.fd, piece, at)
+            hasher.update(cast("bytes", piece))
+        return hasher.digest()
+
+    def reuse(self) -> None:
+        """Have a view from now on: with the pages there, copying to it is twice as fast as a system call."""
+        if self.view is None:
+            self.view = map_memory(self.fd, 0, self.size_bytes, mmap.MAP_SHARED)
+            if hasattr(mmap, "MADV_DONTFORK"):
+                advise(self.view, mmap.MADV_DONTFORK)  # what a task forks has no use for it
 
 
 class ResultFiles:
@@ -55,7 +79,7 @@ class ResultFiles:
         size = len(part)
         file = self._find(size) or self._make(size)
         try:
-            blob = BlobRef(_write_and_digest(file.fd, memoryview(part)), size)
+            blob = BlobRef(file.write(memoryview(part)), size)
             fd = os.dup(file.fd) if size <= KEPT_BYTES else file.fd
         except BaseException:
             os.close(file.fd)
@@ -87,6 +111,7 @@ class ResultFiles:
         if not fitting:
             return None
         file = self._kept.pop(min(fitting, key=lambda each: each.size_bytes).number)
+        file.reuse()
         self._numbers += 1
         file.number, file.is_free = self._numbers, False  # anew: what is said of its last use must not concern this one
         return file
@@ -108,16 +133,3 @@ class ResultFiles:
     def _drop(self, file: _File) -> None:
         del self._kept[file.number]
         os.close(file.fd)
-
-
-def _write_and_digest(fd: int, source: memoryview) -> bytes:
-    import xxhash
-
-    hasher = xxhash.xxh3_128()
-    at = 0
-    while at < len(source):
-        piece = source[at:at + COPY_BYTES]
-        done = os.pwrite(fd, piece, at)
-        hasher.update(piece[:done])
-        at += done
-    return hasher.digest()

@@ -10,6 +10,7 @@ executor: when the last reference to that goes, submitted work is finished and t
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import secrets
 import sys
@@ -20,7 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .dispatcher import Dispatcher
-from .errors import NoNodes, TaskKilled, TaskTimeout, WorkerLost
+from .errors import NoNodes, PayloadError, TaskKilled, TaskTimeout, WorkerLost
 from .future import ClusterFuture
 from .ledger import Task
 from .messages import (
@@ -52,6 +53,7 @@ MAX_FUNCTIONS = 4096
 CLOSE_S = 5.0
 """How long workers get to leave by themselves before they are ended."""
 
+_log = logging.getLogger("distexec")
 _roots: weakref.WeakSet[Root] = weakref.WeakSet()
 _is_exiting = False
 
@@ -89,7 +91,7 @@ class Root:
         self.owner: weakref.ref[Any] | None = None  # the executor; its callback calls `drop`
         self._is_dropped = False  # set by the finalizer of the executor
         self._closed = threading.Event()
-        self._room = threading.BoundedSemaphore(max_pending) if max_pending is not None else None
+        self._room = _Room(max_pending) if max_pending is not None else None
         self._began_at = time.monotonic()
         self.done: dict[str, int] = {}
         self._failed = self._retried = 0
@@ -152,10 +154,7 @@ class Root:
         if self.supply.pool is not None:
             self.supply.pool.terminate()
         for task in left:
-            self._let_go(task)
-            task.owner.conclude(None, error)
-            if self._room is not None:
-                self._room.release()
+            self._end(task, None, error)
         self._close_if_done()
 
     def kill_all(self) -> None:
@@ -171,21 +170,33 @@ class Root:
             if self._closer is not None:
                 return
             self._closer = threading.Thread(target=self._close, name="distexec-closer")
-        self._closer.start()
+            is_started = self._is_started
+        if is_started:
+            self._closer.start()
+        else:  # and never will be: there is nothing to wait for, and the interpreter may be past starting threads
+            self._close()
 
     def _close(self) -> None:
         if not self.session.closing:
             self.dispatcher.call(self.scheduler.close_session, self.session)
         self.dispatcher.close()
-        with self._start_lock:
-            is_started, self._is_started = self._is_started, True
-        if is_started:
+        if self._is_started:
             self.supply.close(CLOSE_S)
-            self.loop.stop()
+        self.loop.stop()
         self.store.close()
         _roots.discard(self)
         self._closed.set()
         self.supply.notify()
+
+    def abandon(self) -> None:
+        """Be closed in a forked child: threads, links and workers are its parent's."""
+        self.broken = RuntimeError("this executor belongs to the process that forked this one; make one of its own here")
+        self._is_closing = True
+        self._closer = threading.current_thread()
+        # Whoever held these is not here.
+        self.dispatcher.lock, self._start_lock, self._closed = threading.Lock(), threading.Lock(), threading.Event()
+        self.session.tasks.clear()
+        self._closed.set()
 
     # ---- tasks
 
@@ -230,7 +241,7 @@ class Root:
               future: ClusterFuture[Any]) -> tuple[Define, bytes, Buffers] | None:
         """Pickle a call and put its buffers by; None, and the future has failed, if that cannot be done."""
         if self._room is not None:
-            self._room.acquire()
+            self._room.enter(may_wait=not self.loop.is_current())
         try:
             code, code_buffers, key = self.packer.pack_function(fn)
             data, views = self.packer.pack_call(args, kwargs, key)
@@ -239,7 +250,7 @@ class Root:
                 return definition, *self._put_by(data, views)
         except (Exception, SystemExit) as error:  # what a user's __reduce__ raises is the call's failure, not the program's
             if self._room is not None:
-                self._room.release()
+                self._room.leave()
             future.conclude(None, error)
             return None
         return definition, data, ()
@@ -256,9 +267,12 @@ class Root:
         """The executor was shut down while these were on their way in: raise as if that had come first."""
         for task in tasks:
             self._let_go(task)
-            if self._room is not None:
-                self._room.release()
         self._check_open()
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether everything has ended and nothing is left."""
+        return self._closed.is_set()
 
     @property
     def is_idle(self) -> bool:
@@ -307,37 +321,46 @@ class Root:
     def _put_by(self, data: bytes, views: Sequence[memoryview]) -> tuple[bytes, Buffers]:
         """Copy buffers once: small ones into the message, large ones (and a large pickle, then first) into the store."""
         kept: list[bytes | BlobRef] = []
-        if len(data) > MAX_INLINE_BYTES:
-            kept.append(self.store.put(data))
-            data = b""
-        inline = MAX_INLINE_BYTES - len(data)
-        for view in views:
-            if view.nbytes > inline:
-                kept.append(self.store.put(view))
-            else:
-                kept.append(bytes(view))
-                inline -= view.nbytes
+        try:
+            if len(data) > MAX_INLINE_BYTES:
+                kept.append(self.store.put(data))
+                data = b""
+            inline = MAX_INLINE_BYTES - len(data)
+            for view in views:
+                if view.nbytes > inline:
+                    kept.append(self.store.put(view))
+                else:
+                    kept.append(bytes(view))
+                    inline -= view.nbytes
+        except BaseException:  # no memory for one of them: the call fails, and none is kept
+            self._release(kept)
+            raise
         return data, tuple(kept)
 
-    def _release(self, buffers: Buffers) -> None:
+    def _release(self, buffers: Sequence[bytes | BlobRef]) -> None:
         for buffer in buffers:
             if isinstance(buffer, BlobRef):
                 self.store.release(buffer)
 
     def _let_go(self, task: Task) -> None:
+        """Let go of a task's blobs and of its place among the pending; once, by whoever ended its future."""
         if task.run.buffers:
             self._release(task.run.buffers)
+        if self._room is not None:
+            self._room.leave()
 
     # ---- Control, for futures
 
     def withdraw(self, task: Task) -> None:
-        """Forget a cancelled task that was never handed out."""
-        if self.dispatcher.call(lambda now: self.scheduler.discard(task)):
-            self._let_go(task)
-            if self._room is not None:
-                self._room.release()
-            if self._is_closing:
-                self._close_if_done()
+        """Forget a cancelled task that was never handed out. Takes no lock: the finalizers of map's iterators come here."""
+        self.loop.call_soon(self._withdraw, task)
+
+    def _withdraw(self, task: Task) -> None:
+        # It may have left already: asked for by a free slot, or with the session.
+        self.dispatcher.call(lambda now: self.session.tasks.get(task.run.seq) is task and self.scheduler.discard(task))
+        self._let_go(task)
+        if self._is_closing:
+            self._close_if_done()
 
     def kill(self, task: Task) -> None:
         """End a task wherever it is."""
@@ -348,8 +371,6 @@ class Root:
     def _on_ended(self, ended: list[tuple[Task, Outcome | Lost]]) -> None:
         unpack, done = self.packer.unpack_outcome, self.done
         for task, message in ended:
-            if task.run.buffers:
-                self._release(task.run.buffers)
             run_ns = -1
             if type(message) is Outcome:
                 run_ns = message.run_ns
@@ -365,11 +386,21 @@ class Root:
             done[task.node] = done.get(task.node, 0) + 1
             if task.deaths:
                 self._retried += task.deaths
-            task.owner.conclude(value, error, run_ns)
-            if self._room is not None:
-                self._room.release()
+            self._end(task, value, error, run_ns)
         if self._is_closing:
             self._close_if_done()
+
+    def _end(self, task: Task, value: Any, error: BaseException | None, run_ns: int = -1) -> None:
+        """End a task's future, unless it was cancelled: then all the rest is `withdraw`'s."""
+        if not task.claimed and not task.owner.claim():
+            return
+        self._let_go(task)
+        try:
+            task.owner.conclude(value, error, run_ns)
+        except KeyboardInterrupt:
+            raise
+        except BaseException:  # SystemExit of a callback: the futures that come after this one must end all the same
+            _log.exception("distexec: a callback of %r wanted to end the thread", task.owner)
 
     def _unpack(self, task: Task, message: Outcome) -> tuple[Any, BaseException | None]:
         if message.kind == OutcomeKind.TIMEOUT:
@@ -379,7 +410,15 @@ class Root:
         if message.kind == OutcomeKind.KILLED:
             where = f" on node {task.node!r}" if task.node else ""
             return None, TaskKilled(f"task {task.run.seq} was ended{where} by future.kill()")
-        buffers = [self.store.take(buffer) if isinstance(buffer, BlobRef) else buffer for buffer in message.buffers]
+        buffers: list[Any] = []
+        try:
+            for buffer in message.buffers:
+                buffers.append(self.store.take(buffer) if isinstance(buffer, BlobRef) else buffer)
+        except (OSError, MemoryError) as error:
+            self._release(message.buffers[len(buffers):])
+            failure = PayloadError(f"there is no memory here for the result of task {task.run.seq}: {error}")
+            failure.__cause__ = error
+            return None, failure
         data: Any = message.data
         if not data and buffers:
             data = buffers.pop(0)
@@ -393,10 +432,7 @@ class Root:
                 self.session.forget(task)
             return tasks
         for task in self.dispatcher.call(take):
-            self._let_go(task)
-            task.owner.conclude(None, NoNodes(text))
-            if self._room is not None:
-                self._room.release()
+            self._end(task, None, NoNodes(text))
         if self._is_closing:
             self._close_if_done()
 
@@ -412,6 +448,26 @@ class Root:
         return ClusterStatus(rows, slots, queued, running, sum(self.done.values()), self._failed, self._retried,
                              time.monotonic() - self._began_at, self._run_ns / 1e9)
 
+
+class _Room:
+    """Makes `submit` wait while `limit` tasks are pending."""
+
+    def __init__(self, limit: int) -> None:
+        self._left = limit  # below 0 by what came in without waiting
+        self._changed = threading.Condition()
+
+    def enter(self, *, may_wait: bool) -> None:
+        """Take a place, free or not if the caller may not wait: a callback on the I/O thread, which alone can make room."""
+        with self._changed:
+            if may_wait:
+                self._changed.wait_for(lambda: self._left > 0)
+            self._left -= 1
+
+    def leave(self) -> None:
+        """Give a place back."""
+        with self._changed:
+            self._left += 1
+            self._changed.notify()
 
 
 def _claim(task: Task) -> bool:
@@ -455,5 +511,13 @@ def _at_exit() -> None:
 
 # The standard executors register here too: it runs before non-daemon threads are joined, while threads can still start.
 threading._register_atexit(_at_exit)  # type: ignore[attr-defined]
+
+
+def _abandon_in_child() -> None:
+    for root in list(_roots):
+        root.abandon()
+    _roots.clear()
+
+
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_roots.clear)
+    os.register_at_fork(after_in_child=_abandon_in_child)

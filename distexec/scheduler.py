@@ -127,7 +127,8 @@ class Scheduler:
             self._take_up(known, opened, upstream)
             return known
         self._last_number += 1
-        session = Session(opened, upstream, self._last_number if self.slots == 0 or not opened.session else opened.session)
+        number = self._last_number if self.slots == 0 or not opened.session else opened.session
+        session = Session(opened, upstream, number, self._last_number)
         self.sessions.append(session)
         if upstream is not None:
             self._by_uplink[upstream, opened.session] = session
@@ -144,7 +145,7 @@ class Scheduler:
         session.reconciling = True
         leases = [(task.run.seq, task.run.attempt) for task in session.tasks.values()]
         ended = [(message.seq, message.attempt) for message, _ in session.unacked.values()]
-        self._place.out.append((upstream, Held(opened.session, leases, ended)))
+        self._place.out.append((upstream, Held(opened.session, leases, ended, session.birth)))
 
     def close_session(self, session: Session, now: float) -> list[Task]:
         """End a session here and below. Gives the tasks that had not ended; nothing more is said of them."""
@@ -532,16 +533,24 @@ class Scheduler:
         lane.has_failed = lane.has_failed and not message.slots
         if lane.state is LaneState.SUSPENDED:  # it comes back without `Held`: it ended the session meanwhile
             self._resume_lane(lane)
+            lane.birth = -1
+        self._check_birth(lane, message.birth)
+        self._cap(lane.session, now)
+
+    def _check_birth(self, lane: Lane, birth: int) -> None:
+        """Give up what a node was leased before it ended the session and began it anew, on this link or one cut at once."""
+        if lane.birth != birth:
+            lane.birth = birth
             for task in reversed(list(lane.leases.values())):
                 self._place.unlease(task)
                 self._died(task, Evidence(lane.name, reason="the node ended the session while its link was away"))
-        self._cap(lane.session, now)
 
     def _on_held(self, peer: Peer, message: Held, now: float) -> None:
         """Reconcile with a node that kept the session while its link was away."""
         lane = self._lanes.get((peer, message.session))
         if lane is None:
             return
+        self._check_birth(lane, message.birth)
         held = {tuple(key) for key in message.leases} | {tuple(key) for key in message.outcomes}
         for task in reversed(list(lane.leases.values())):
             if (task.run.seq, task.run.attempt) not in held:
@@ -733,7 +742,7 @@ class Scheduler:
         if slots == session.told:
             return
         session.told = slots
-        self._place.out.append((session.upstream, Offer(session.uplink_no, slots)))
+        self._place.out.append((session.upstream, Offer(session.uplink_no, slots, session.birth)))
         if not slots:
             self._place.give_back(session, session.unleased())
 

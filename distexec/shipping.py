@@ -6,7 +6,7 @@
 
 The rule: a blob's bytes are where its reference says as long as somebody holds a reference, and never change then.
 Once the last reference is released the space is used again, so a mapping that outlives it must be made independent
-first (`Mappings.settle`). Workers import this module; what is slow to import (xxhash, ctypes) is imported when needed.
+first (`memory.Mappings.settle`), and a worker's file goes back to it only when its last mapping is gone.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from __future__ import annotations
 import mmap
 import os
 import threading
-import weakref
 from bisect import insort
 from collections import deque
 from collections.abc import Callable, Iterable
-from functools import cache, partial
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple, cast
 
+from distexec.memory import COPY_BYTES, advise, map_memory, map_segment, new_memory, shared_file, whole_pages, write_at
 from distexec.messages import BlobRef
 
 if TYPE_CHECKING:
     import xxhash
     from typing_extensions import Buffer
 
-__all__ = ["BlobStore", "BlobWriter", "Mappings", "Segment", "digest_of", "map_segment", "shared_file"]
+__all__ = ["BlobStore", "BlobWriter", "Segment", "digest_of"]
 
 ARENA_BYTES = 256 << 20
 """Address space of one arena. Smaller: more descriptors for many blobs. Larger: nothing but address space."""
@@ -36,14 +36,8 @@ SPARE_BYTES = 128 << 20
 """Freed memory kept for the next blob. Smaller: every large argument pays the kernel for new pages (a third of the
 speed). Larger: memory that nobody uses."""
 
-COPY_BYTES = 512 << 10
-"""Copied, then hashed while the processor's cache still holds it. Larger: the hash reads from memory again."""
-
 MAX_BLOB_BYTES = 1 << 40
 """Larger: address space that no machine has could be asked for by a peer. Smaller: somebody's array does not fit."""
-
-_PAGE = mmap.ALLOCATIONGRANULARITY
-_MADV_POPULATE_WRITE = 23  # Linux 5.14, not in the mmap module: private copies of all pages in one call
 
 
 def digest_of(buffer: Buffer) -> bytes:
@@ -51,96 +45,6 @@ def digest_of(buffer: Buffer) -> bytes:
     import xxhash
 
     return xxhash.xxh3_128_digest(cast("bytes", buffer))
-
-
-# ---- mappings: how workers and clients see a blob
-
-
-def map_segment(fd: int, offset: int, size_bytes: int) -> memoryview:
-    """Map part of a file, private and writable: pages are shared until written to, and writes stay in this process.
-
-    The mapping lives as long as the memoryview or anything made from it, and needs no descriptor: `fd` may be closed.
-    `offset` must be page-aligned. Raises OSError if the file cannot be mapped.
-    """
-    return _map(fd, offset, size_bytes, mmap.MAP_PRIVATE)
-
-
-def _new_memory(size_bytes: int) -> memoryview:
-    view = _map(-1, 0, size_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if size_bytes and hasattr(mmap, "MADV_HUGEPAGE"):
-        _advise(view, mmap.MADV_HUGEPAGE)  # new small pages take longer to get than to fill
-    return view
-
-
-def _map(fd: int, offset: int, size_bytes: int, flags: int,
-         unmapped: Callable[[], object] | None = None) -> memoryview:
-    if size_bytes == 0:
-        return memoryview(bytearray())
-    # Not mmap.mmap: before Python 3.13 it keeps a descriptor per mapping, and a list of 1,000 arrays would run out.
-    ctypes, libc = _libc()
-    address = libc.mmap(None, size_bytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, offset)
-    if address == ctypes.c_void_p(-1).value:
-        raise OSError(ctypes.get_errno(), f"cannot map {size_bytes:,} bytes: {os.strerror(ctypes.get_errno())}")
-    pages = (ctypes.c_ubyte * size_bytes).from_address(address)
-    # Objects made from it may still be read while the interpreter ends; the kernel unmaps what is left.
-    weakref.finalize(pages, _unmap, libc.munmap, address, size_bytes, unmapped).atexit = False
-    return memoryview(pages).cast("B")
-
-
-def _unmap(munmap: Callable[[int, int], object], address: int, size_bytes: int,
-           unmapped: Callable[[], object] | None) -> None:
-    munmap(address, size_bytes)
-    if unmapped is not None:
-        unmapped()
-
-
-@cache
-def _libc() -> tuple[Any, Any]:
-    import ctypes
-
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mmap.restype = ctypes.c_void_p
-    libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
-    libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
-    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    return ctypes, libc
-
-
-class Mappings:
-    """The segments mapped for one task; `settle` gives those the task still holds at its end pages of their own."""
-
-    def __init__(self) -> None:
-        self._live: list[weakref.ref[Any]] = []
-
-    def __repr__(self) -> str:
-        return f"<Mappings: {sum(ref() is not None for ref in self._live)} live>"
-
-    def map(self, fd: int, offset: int, size_bytes: int) -> memoryview:
-        """As `map_segment`, and remember the mapping."""
-        view = map_segment(fd, offset, size_bytes)
-        if size_bytes:
-            self._live.append(weakref.ref(view.obj))
-        return view
-
-    def settle(self) -> int:
-        """Copy the pages of every mapping still referenced; afterwards the blobs may be released. Returns how many."""
-        held = [pages for ref in self._live if (pages := ref()) is not None]
-        for pages in held:
-            _own_pages(memoryview(pages).cast("B"))
-        self._live.clear()
-        return len(held)
-
-
-def _own_pages(view: memoryview) -> None:
-    if not _advise(view, _MADV_POPULATE_WRITE):  # an older kernel: write to every page ourselves
-        for at in range(0, len(view), _PAGE):
-            view[at] = view[at]
-
-
-def _advise(mapped: memoryview, advice: int, offset: int = 0, size_bytes: int = -1) -> bool:
-    ctypes, libc = _libc()
-    length = len(mapped) if size_bytes < 0 else size_bytes
-    return bool(libc.madvise(ctypes.addressof(mapped.obj) + offset, length, advice) == 0)
 
 
 # ---- the store
@@ -193,17 +97,18 @@ class _Arena:
     def __init__(self, number: int, fd: int, file_bytes: int, *, sole: bool = False) -> None:
         self.number, self.fd, self.file_bytes, self.sole = number, fd, file_bytes, sole
         self.loan: _Loan | None = None
+        self.warm_bytes = 0  # from the start, that have pages
         self.copying = 0  # threads that write to `fd` right now, so it must stay open
         self.live_bytes = 0
-        capacity = _pages(file_bytes)
+        capacity = whole_pages(file_bytes)
         self._free = [(0, capacity)]
         self._view: memoryview | None = None
 
     def view(self) -> memoryview:
         if self._view is None:
-            self._view = _map(self.fd, 0, self.file_bytes, mmap.MAP_SHARED)
+            self._view = map_memory(self.fd, 0, self.file_bytes, mmap.MAP_SHARED)
             if self.file_bytes and hasattr(mmap, "MADV_DONTFORK"):
-                _advise(self._view, mmap.MADV_DONTFORK)  # a forked child has no use for it, and forks faster
+                advise(self._view, mmap.MADV_DONTFORK)  # a forked child has no use for it, and forks faster
         return self._view
 
     def allocate(self, size: int) -> int | None:
@@ -233,9 +138,10 @@ class _Arena:
 
     def punch(self) -> None:
         """Give the memory of all free space back to the kernel."""
+        self.warm_bytes = 0
         if hasattr(mmap, "MADV_REMOVE"):  # elsewhere it stays until the arena is closed
             for offset, span in self._free:
-                _advise(self.view(), mmap.MADV_REMOVE, offset, span)
+                advise(self.view(), mmap.MADV_REMOVE, offset, span)
 
     def close(self) -> None:
         self._view = None  # the mapping goes with the last view of a blob
@@ -323,7 +229,7 @@ class BlobStore:
         try:
             if os.fstat(fd).st_size < size_bytes:
                 raise ValueError(f"a shared-memory file said to hold {size_bytes:,} bytes is shorter")
-            arena = self._add_arena(fd, size_bytes, sole=True, reserve=_pages(size_bytes))
+            arena = self._add_arena(fd, size_bytes, sole=True, reserve=whole_pages(size_bytes))
             arena.loan = _Loan(returned) if returned is not None else None
         except BaseException:
             os.close(fd)
@@ -337,7 +243,7 @@ class BlobStore:
         if not 0 <= ref.size_bytes <= MAX_BLOB_BYTES:
             raise ValueError(f"a blob cannot have {ref.size_bytes:,} bytes")
         if self._keeps_received:
-            return BlobWriter(self, ref, _new_memory(ref.size_bytes))
+            return BlobWriter(self, ref, new_memory(ref.size_bytes))
         return BlobWriter(self, ref, None, *self._allocate(ref.size_bytes))
 
     def retain(self, ref: BlobRef) -> None:
@@ -408,20 +314,20 @@ class BlobStore:
         if arena is not None and arena.sole:
             view = self._map_adopted(arena, ref.size_bytes)
         else:
-            view = _new_memory(ref.size_bytes)
+            view = new_memory(ref.size_bytes)
             view[:] = self.view(ref)
         self.release(ref)
         return view
 
     def _map_adopted(self, arena: _Arena, size_bytes: int) -> memoryview:
         loan = arena.loan
-        if loan is None:
+        if loan is None or not size_bytes:
             return map_segment(arena.fd, 0, size_bytes)
         with self._lock:
             loan.holders += 1
         unmapped = partial(_note_unmapped, self._unmapped, self._wakers, loan, _forks)
         try:
-            return _map(arena.fd, 0, size_bytes, mmap.MAP_PRIVATE, unmapped)
+            return map_memory(arena.fd, 0, size_bytes, mmap.MAP_PRIVATE, unmapped)
         except OSError:
             unmapped()
             raise
@@ -498,7 +404,7 @@ class BlobStore:
 
     def _allocate(self, size_bytes: int) -> tuple[_Arena, int]:
         """Find space to copy to; `_end_copy` must follow, then `_publish` or `_free`."""
-        size = _pages(size_bytes)
+        size = whole_pages(size_bytes)
         with self._lock:
             if self._closed:
                 raise ValueError("the blob store is closed")
@@ -539,7 +445,7 @@ class BlobStore:
         with self._lock:
             if arena not in self._arenas:  # the store was closed meanwhile
                 return
-            arena.free(offset, _pages(size_bytes))
+            arena.free(offset, whole_pages(size_bytes))
             if not self._is_superfluous(arena):
                 if self._spare_bytes() > SPARE_BYTES:
                     arena.punch()
@@ -620,7 +526,7 @@ class BlobWriter:
             self._memory[offset:offset + len(piece)] = piece
         else:
             assert self._arena is not None
-            _write_at(self._arena.fd, memoryview(piece), self._offset + offset)
+            write_at(self._arena.fd, memoryview(piece), self._offset + offset)
         self._hash.update(cast("bytes", piece))
         self.written_bytes += len(piece)
 
@@ -646,34 +552,18 @@ class BlobWriter:
             self._store._free(self._arena, self._offset, self.ref.size_bytes)
 
 
-def _pages(size_bytes: int) -> int:
-    return max(1, -(-size_bytes // _PAGE)) * _PAGE
-
-
-def shared_file() -> int:
-    """Open a file that has no name and lives in memory, or in the temporary directory where there is no such thing."""
-    if hasattr(os, "memfd_create"):
-        return os.memfd_create("distexec")
-    import tempfile  # slow to import, and not needed on Linux
-
-    fd, path = tempfile.mkstemp(prefix="distexec-")
-    os.unlink(path)
-    return fd
-
-
-def _write_at(fd: int, source: memoryview, offset: int) -> None:
-    while len(source):
-        done = os.pwrite(fd, source, offset)  # lets other threads run meanwhile, and makes new pages without faults
-        source, offset = source[done:], offset + done
-
-
 def _copy_and_digest(source: memoryview, arena: _Arena, offset: int) -> bytes:
     import xxhash
 
     hasher = xxhash.xxh3_128()
-    stored = arena.view()
+    stored = arena.view()[offset:offset + len(source)]
+    is_warm = offset + len(source) <= arena.warm_bytes
     for at in range(0, len(source), COPY_BYTES):
-        piece = source[at:at + COPY_BYTES]
-        _write_at(arena.fd, piece, offset + at)
-        hasher.update(cast("bytes", stored[offset + at:offset + at + len(piece)]))
+        piece, copy = source[at:at + COPY_BYTES], stored[at:at + COPY_BYTES]
+        if is_warm:
+            copy[:] = piece  # twice as fast as a system call, which however makes new pages faster than faults do
+        else:
+            write_at(arena.fd, piece, offset + at)
+        hasher.update(cast("bytes", copy))
+    arena.warm_bytes = max(arena.warm_bytes, offset + len(source))
     return hasher.digest()

@@ -27,9 +27,9 @@ from typing import Any, NoReturn
 from msgspec import Struct
 
 from distexec import payload, worker
+from distexec.memory import map_segment
 from distexec.messages import Segment, SessionSpec
 from distexec.outbox import BlockingLink
-from distexec.shipping import map_segment
 
 GRACE_S = 2.0
 """For multiprocessing's resource trackers to unlink what the dead left. Shorter: shared memory may stay behind."""

@@ -19,6 +19,7 @@ from time import monotonic_ns
 from typing import Any
 
 from distexec import payload
+from distexec.memory import Mappings, map_segment
 from distexec.messages import (
     MAX_INLINE_BYTES,
     BlobRef,
@@ -40,7 +41,6 @@ from distexec.messages import (
 )
 from distexec.outbox import QUICK_NS, BlockingLink, Outbox, RunTimes, flush_streams
 from distexec.resultfiles import ResultFiles
-from distexec.shipping import Mappings, map_segment
 
 SMALL_BYTES = 4 << 10
 """Pickles up to this are not counted before the next flush. Larger: many of them could overfill a frame."""

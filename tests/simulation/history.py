@@ -185,7 +185,7 @@ class _Story:
             1: lambda: random.uniform(1e-6, 5e-5),
             2: lambda: random.uniform(2e-4, 3e-3),
             3: lambda: random.uniform(0.005, 0.05),
-            4: lambda: random.uniform(0.1, 0.8),
+            4: lambda: random.uniform(0.1, 2.5 if self.mood == STORM else 0.8),
             5: lambda: random.choice((1e-5,) * 9 + (0.3,)),
             6: lambda: 2e-4,
         }[fn]()

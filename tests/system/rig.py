@@ -12,7 +12,7 @@ from typing import Any
 from distexec.messages import BlobRef, Define, Evidence, Outcome, Run, SessionSpec
 from distexec.payload import CallPacker
 from distexec.pool import Pool, Worker
-from distexec.shipping import BlobStore, map_segment
+from distexec.shipping import BlobStore
 from distexec.transport import Loop
 from tests import leaks
 
@@ -89,10 +89,7 @@ class Caller:
         if isinstance(buffer, bytes):
             return buffer
         assert self.store is not None
-        segment = self.store.segment(buffer)
-        view = map_segment(segment.fd, segment.offset, segment.size_bytes)
-        self.store.release(buffer)
-        return view
+        return self.store.take(buffer)
 
 
 class Rig(Caller):

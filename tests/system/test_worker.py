@@ -15,6 +15,7 @@ from typing import Any, cast
 import pytest
 
 from distexec.errors import PayloadError, RemoteError
+from distexec.memory import shared_file
 from distexec.messages import (
     Bye,
     FromWorker,
@@ -26,7 +27,6 @@ from distexec.messages import (
 )
 from distexec.outbox import BlockingLink
 from distexec.protocol import HEADER_BYTES, FrameDecoder
-from distexec.shipping import shared_file
 from distexec.worker import PAGE_BYTES, WorkerPage
 from tests.system import chores
 from tests.system.rig import ROOT, Caller, await_arrival, gate, open_gate

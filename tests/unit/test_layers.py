@@ -16,7 +16,7 @@ LAYERS = {
     "protocol": 1, "handshake": 1, "gate": 1, "scheduler": 1, "ledger": 1, "placement": 1, "shares": 1,
     "payload": 1, "byvalue": 1, "mainmodule": 1, "definitions": 1, "report": 1,
     "address": 2, "iothread": 2, "link": 2, "tls": 2, "opening": 2,
-    "transport": 2, "secretfile": 2, "shipping": 2, "transfers": 2, "discovery": 2, "stats": 2,
+    "transport": 2, "secretfile": 2, "shipping": 2, "transfers": 2, "memory": 2, "discovery": 2, "stats": 2,
     "outbox": 3, "resultfiles": 3, "worker": 3, "template": 3, "starters": 3, "pool": 3, "dispatcher": 3,
     "future": 3, "mapping": 3,
     "executor": 4, "root": 4, "supply": 4, "nodes": 4, "nodeagent": 4, "hub": 4, "survey": 4, "spool": 2,

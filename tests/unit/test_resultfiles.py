@@ -87,7 +87,7 @@ def test_idle_memory_is_given_up(files: ResultFiles) -> None:
     """Arena 0 means all that is free, and nothing else."""
     before = count_descriptors()
     first, _ = put(files, b"1" * MIB)
-    _, lent = put(files, b"2" * MIB)
+    put(files, b"2" * MIB)
     files.take_back(Free(first, True))
     files.take_back(Free(0, False))
     assert count_descriptors() == before + 1

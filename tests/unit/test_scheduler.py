@@ -400,7 +400,7 @@ def test_a_failed_start_lets_the_rest_finish_before_it_is_told() -> None:
     script.runs((1, 1), (2, 1))
     script.heard()
     script.scheduler.start_failed(script.session, GONE, b"error", 0.0)
-    assert script.heard() == [(LINK, Returned(1, [(2, 1)])), (LINK, Offer(1, 0))]
+    assert script.heard() == [(LINK, Returned(1, [(2, 1)])), (LINK, Offer(1, 0, 1))]
     script.runs((3, 1))
     assert script.heard() == [(LINK, Returned(1, [(3, 1)]))]
     script.says("w1", script.outcome(1))
@@ -475,9 +475,9 @@ def test_an_agent_names_what_it_holds_when_its_link_returns() -> None:
     agent.says("w1", agent.outcome(1, run_s=1.0))
     assert all(peer != LINK for peer, _ in agent.heard())
     agent.scheduler.open_session(Open(5, agent.opened.id, agent.opened.token, 1.0, 0, SessionSpec()), "new link", 2.0)
-    assert agent.heard() == [("new link", Held(5, [(2, 1)], [(1, 1)]))]
+    assert agent.heard() == [("new link", Held(5, [(2, 1)], [(1, 1)], 1))]
     agent.says("new link", Resume(5, [], []))
-    assert agent.heard() == [("new link", Outcome(5, 1, 1, OutcomeKind.VALUE, b"", 10**9)), ("new link", Offer(5, 1))]
+    assert agent.heard() == [("new link", Outcome(5, 1, 1, OutcomeKind.VALUE, b"", 10**9)), ("new link", Offer(5, 1, 1))]
 
 
 def test_a_returning_attempt_is_adopted_until_its_replacement_is_handed_out() -> None:
@@ -533,6 +533,22 @@ def test_a_node_that_returns_just_in_time_is_not_given_up_while_it_reconciles() 
     assert task.lane is not None
 
 
+def test_a_node_that_began_the_session_anew_has_lost_what_it_was_leased() -> None:
+    """The node ended the session and began it anew on a link that broke at once; it returns: charged, not unstarted."""
+    root = Script()
+    root.scheduler.node_joined("n1", "n1", 0.02)
+    root.says("n1", Offer(1, 1, 1))
+    task = root.submit()
+    for _ in range(2):
+        root.scheduler.node_suspended("n1", 1.0)
+        root.scheduler.node_joined("n1", "n1", 0.02)
+    root.says("n1", Held(1, [], [], 2))
+    assert (task.deaths, task.queued) == (1, True)
+    root.heard()
+    root.says("n1", Offer(1, 1, 2))
+    assert root.leased() == [("n1", 1, 2)]
+
+
 def test_an_orphaned_session_ends_after_its_grace() -> None:
     """The client's link is gone for more than orphan_s: the session is closed with its workers."""
     agent = with_workers("w1", upstream=LINK)
@@ -571,7 +587,7 @@ def test_an_agent_that_stops_gives_back_what_has_not_started() -> None:
     agent.runs((1, 1), (2, 1))
     agent.heard()
     agent.scheduler.start_drain(0.0)
-    assert agent.heard() == [(LINK, Returned(1, [(2, 1)])), (LINK, Offer(1, 0))]
+    assert agent.heard() == [(LINK, Returned(1, [(2, 1)])), (LINK, Offer(1, 0, 1))]
     agent.says("w1", agent.outcome(1))
     assert agent.heard() == [(LINK, agent.outcome(1))]
 
@@ -595,7 +611,7 @@ def test_a_hub_forwards_leases_outcomes_acks_and_kills() -> None:
     """What comes from above goes below under the hub's own session number, and back."""
     hub = Script(upstream=LINK)
     hub.join("a1", 2)
-    assert hub.heard() == [(LINK, Offer(1, 2))]
+    assert hub.heard() == [(LINK, Offer(1, 2, 1))]
     hub.runs((1, 4))
     assert hub.leased() == [("a1", 1, 4)]
     hub.says(LINK, Kill(1, 1, 4))
@@ -626,7 +642,7 @@ def test_a_hub_reports_what_a_lost_agent_had() -> None:
     hub.runs((1, 1))
     hub.heard()
     hub.scheduler.node_lost("a1", GONE, 1.0)
-    assert hub.heard() == [(LINK, Lost(1, 1, 1, GONE)), (LINK, Offer(1, 0))]
+    assert hub.heard() == [(LINK, Lost(1, 1, 1, GONE)), (LINK, Offer(1, 0, 1))]
 
 
 # ---- the records

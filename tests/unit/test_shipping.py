@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distexec import shipping
+from distexec import memory, shipping
+from distexec.memory import Mappings, map_segment
 from distexec.messages import BlobRef
-from distexec.shipping import BlobStore, Mappings, digest_of, map_segment
+from distexec.shipping import BlobStore, digest_of
 
 MIB = 1 << 20
 
@@ -111,7 +112,7 @@ class TestStore:
 
     def test_offsets_can_be_mapped(self, store: BlobStore) -> None:
         """Every blob starts on a page, as mmap asks."""
-        assert all(store.segment(store.put(os.urandom(5000))).offset % shipping._PAGE == 0 for _ in range(5))
+        assert all(store.segment(store.put(os.urandom(5000))).offset % memory.GRAIN_BYTES == 0 for _ in range(5))
 
     def test_space_is_used_again(self, store: BlobStore) -> None:
         """Putting and releasing for ever takes the memory of one blob."""
@@ -308,7 +309,7 @@ class TestMapping:
                                             kernel_helps: bool) -> None:
         """An argument that a task kept is unchanged when the space of its blob is used for another."""
         if not kernel_helps:
-            monkeypatch.setattr(shipping, "_MADV_POPULATE_WRITE", 9999)
+            monkeypatch.setattr(memory, "_MADV_POPULATE_WRITE", 9999)
         ref = store.put(b"old" * 5000)
         segment = store.segment(ref)
         mappings = Mappings()

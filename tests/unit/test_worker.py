@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from distexec.shipping import shared_file
+from distexec.memory import shared_file
 from distexec.worker import PAGE_BYTES, WorkerPage
 
 
