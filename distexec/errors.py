@@ -25,7 +25,7 @@ class WorkerLost(DistexecError, BrokenProcessPool):
 
     Attributes: `node` (name), `pid`, `exitcode` (int, or None when unknown or ended by a signal), `signal` (number, 0 for
     none), `reason` (a sentence), `attempts` (how many died), `stderr_tail` (the last of what it wrote, where captured).
-    The executor stays usable.
+    The executor stays usable, unless `attempts` is 0: no worker could be had, or all were ended.
     """
 
     def __init__(self, reason: str, *, node: str = "", pid: int = 0, exitcode: int | None = None, signal: int = 0,
@@ -39,8 +39,11 @@ class WorkerLost(DistexecError, BrokenProcessPool):
         who = f"worker process {self.pid}" if self.pid else "the worker process"
         how = describe_exit(self.exitcode, self.signal)
         times = "once" if self.attempts == 1 else f"{self.attempts} times"
-        text = f"{who}{where} {how} while running the task (lost {times}; {self.reason or 'no reason known'}). " \
-               "The executor is still usable; raise retries= if such deaths are expected"
+        if not self.attempts:
+            text = f"{self.reason}{where}; the executor cannot be used any more"
+        else:
+            text = f"{who}{where} {how} while running the task (lost {times}; {self.reason or 'no reason known'}). " \
+                   "The executor is still usable; raise retries= if such deaths are expected"
         return f"{text}\n--- last stderr of the worker ---\n{self.stderr_tail}" if self.stderr_tail else text
 
     def __reduce__(self) -> tuple[object, ...]:

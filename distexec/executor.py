@@ -240,7 +240,7 @@ class ClusterExecutor(_Submitter):
 
     def _end_workers(self, by: str) -> None:
         self._root.begin_shutdown(cancel_futures=True)
-        self._root.break_with(WorkerLost(f"the workers were ended by {by}", node=LOCAL))
+        self._root.break_with(WorkerLost(f"the workers were ended by {by}", node=LOCAL, attempts=0))
 
     @property
     def _broken(self) -> bool:

@@ -11,7 +11,8 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
+from queue import Empty, SimpleQueue
 from typing import Any
 
 BATCH = 64
@@ -42,7 +43,7 @@ class Submissions:
         self._submit = submit
         self._calls = calls
         self._pending: deque[Future[Any]] = deque()
-        self._ended: deque[Future[Any]] | None = None  # those of `_pending` that have, where that is the order wanted
+        self._ended: SimpleQueue[Future[Any]] | None = None  # those of `_pending` that have, where that is the order wanted
         self._sent: dict[Future[Any], Call] | None = None  # by future, the calls that may have to be made again
         self._waiting = 0  # submitted and not taken
         self._has_more = buffersize is not None  # calls may be left to be submitted later
@@ -68,7 +69,7 @@ class Submissions:
             self._sent.update(zip(futures, batch, strict=True))
         if self._ended is not None:
             for future in futures:
-                future.add_done_callback(self._ended.append)
+                future.add_done_callback(self._ended.put)
         return len(batch) == count
 
     def _refill(self) -> None:
@@ -82,16 +83,14 @@ class Submissions:
             return self._pending.popleft()
         if len(self._pending) > 2 * self._waiting + BATCH:
             self._pending = deque(future for future in self._pending if not future.done())
-        if not self._ended:
-            left_s = None if deadline is None else max(0.0, deadline - time.monotonic())
-            wait([future for future in self._pending if not future.done()], left_s, "FIRST_COMPLETED")
-        if not self._ended:
-            raise TimeoutError(f"{self._waiting + 1} results of map() were not there in time")
-        return self._ended.popleft()
+        try:
+            return self._ended.get(timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
+        except Empty:
+            raise TimeoutError(f"{self._waiting + 1} results of map() were not there in time") from None
 
     def results(self, deadline: float | None, ordered: bool) -> Generator[Any, None, None]:
         """Submit, now, and return an iterator over the results."""
-        self._ended = None if ordered else deque()
+        self._ended = None if ordered else SimpleQueue()
         self._begin()
         return self._items(deadline)
 
@@ -112,7 +111,7 @@ class Submissions:
 
         A chunk whose worker died is made again item by item, with `again`: the other items do not pay for one's death.
         """
-        self._ended = None if ordered else deque()
+        self._ended = None if ordered else SimpleQueue()
         self._sent = {}
         self._begin()
         return self._chunks(deadline, ordered, again)

@@ -45,6 +45,7 @@ from .messages import (
     Returned,
     Role,
     Run,
+    SessionFailed,
     SessionSpec,
     Stream,
     Undefine,
@@ -358,13 +359,14 @@ class Agent:
             return FromControl, _ignore, lambda link, _reason: self._controls.discard(link)
         if link.role is not Role.UPSTREAM or self._drain_by is not None:
             return None
-        for older in [each for each in self._uplinks if _is_same(each.link, link)]:
+        older_ones = [each for each in self._uplinks if _is_same(each.link, link)]
+        uplink = Uplink(self, link)
+        self._uplinks.add(uplink)
+        for older in older_ones:
             # What is still unread on the older link must not be heard after what the new one says.
             older.link.on_messages = _ignore
             self.uplink_lost(older, "replaced by a newer connection of the same client")
             older.link.close("replaced by a newer connection")
-        uplink = Uplink(self, link)
-        self._uplinks.add(uplink)
         _log.info("%s connected from %s", link.hello.name if link.hello else "a client", link.name)
         return FromUpstream, uplink.on_messages, uplink.on_closed
 
@@ -375,7 +377,11 @@ class Agent:
         self._uplinks.discard(uplink)
         _log.info("connection to %s ended: %s", uplink.link.name, reason)
         self.dispatcher.call(self.scheduler.upstream_lost, uplink)
-        if not self._uplinks and self.on_last_client_gone is not None:
+        self._look_for_clients()
+
+    def _look_for_clients(self) -> None:
+        """Tell who wants to know when no client is left, nor any session that one may come back to."""
+        if not self._uplinks and not self.tenancies and self.on_last_client_gone is not None:
             self.on_last_client_gone()
 
     def end_uplink(self, uplink: Uplink, reason: str) -> None:
@@ -407,7 +413,16 @@ class Agent:
             uplink.link.close("wrong session token")
             return
         if tenancy is None:
-            tenancy = self.tenancies[opened.id] = Tenancy(self, opened, uplink)
+            if opened.session < 1 or not 0.0 < opened.weight < 1e6 or opened.ceiling < 0:  # all sessions would suffer from it
+                uplink.link.close("a session that cannot be: its number, weight or ceiling")
+                return
+            try:
+                tenancy = self.tenancies[opened.id] = Tenancy(self, opened, uplink)
+            except OSError as error:
+                reason = f"its directory for a session cannot be made: {error}; see to {self.spool} (--spool)"
+                _log.error("session of %s: %s", opened.spec.name, reason)
+                uplink.link.send([SessionFailed(opened.session, Evidence(self.name, reason=reason))])
+                return
             _log.info("session of %s begins", opened.spec.name)
         tenancy.uplink = uplink
         tenancy.pull_again()
@@ -425,6 +440,7 @@ class Agent:
         if tenancy is None:
             return
         self.tenancies.pop(tenancy.opened.id, None)
+        self._look_for_clients()
         _log.info("session of %s ends", tenancy.opened.spec.name)
         grace_s = 0.0 if had_tasks else self.grace_s  # nobody waits for what still runs, and its slots are others' now
         thread = threading.Thread(target=self._end, args=(tenancy, grace_s), name="distexec-session-end")

@@ -50,6 +50,10 @@ REDIAL_MAX_S = 5.0
 
 REFUSALS_FOR_PROOF = 3
 
+SHORT_S = 1.0
+"""A link that lived less was not worth having: after the second in a row, dials are paused for. Smaller: two ends that cannot
+agree keep each other busy. Larger: who loses a young link waits for the next."""
+
 
 class NodeState(Enum):
     """How a node stands with us."""
@@ -94,6 +98,8 @@ class Node:
         self._is_known = False  # the scheduler has (or may have) a lane for it
         self._failures = 0
         self._refusals = 0
+        self._opened_at = 0.0
+        self._shorts = 0  # links in a row that lived less than SHORT_S
         self._has_said_bye = False
 
     @property
@@ -155,6 +161,7 @@ class Node:
             self._lose("it came back as a new process; what it ran before is gone")
         self.hello, self.link, self.error, self.problem = hello, link, None, ""
         self._failures = self._refusals = 0
+        self._opened_at = time.monotonic()
         self._has_said_bye = False
         self._transfers = Transfers(link, self._store, self._loop.call_later)
         self._set(NodeState.UP)
@@ -196,7 +203,11 @@ class Node:
             self._dispatcher.call(lambda now: self._dispatcher.scheduler.node_suspended(self, heard_at))
         self._set(NodeState.SUSPENDED if self._is_known else NodeState.CONNECTING)
         self._refusals = 0
-        self._redial()
+        self._shorts = self._shorts + 1 if time.monotonic() - self._opened_at < SHORT_S else 0
+        if self._shorts > 1:
+            self._loop.call_later(min(REDIAL_MAX_S, REDIAL_S * 2.0 ** min(self._shorts, 8)), self._redial)
+        else:
+            self._redial()
 
     def _lose(self, reason: str) -> None:
         self._is_known = False
@@ -272,15 +283,23 @@ class Node:
         refs = [ref for ref in outcome.buffers if isinstance(ref, BlobRef)]
         if not refs or self._transfers is None:
             return False
-        left = len(refs)
+        got: list[BlobRef] = []
+        has_failed = False
 
-        def on_done(_ref: BlobRef) -> None:
-            nonlocal left
-            left -= 1
-            if not left:
+        def on_done(ref: BlobRef) -> None:
+            got.append(ref)
+            if has_failed:
+                self._store.release(ref)
+            elif len(got) == len(refs):
                 self._receive_whole(outcome, refs)
 
         def on_failed(ref: BlobRef, reason: str) -> None:
+            nonlocal has_failed
+            if has_failed:
+                return
+            has_failed = True
+            for each in got:
+                self._store.release(each)
             if self.link is not None:  # else the outcome is said again once the link is back
                 evidence = Evidence(self.name, reason=f"its result ({ref.size_bytes} bytes) could not be fetched: {reason}")
                 self._dispatcher.receive(self, [Lost(outcome.session, outcome.seq, outcome.attempt, evidence)])

@@ -9,6 +9,7 @@ executor: when the last reference to that goes, submitted work is finished and t
 
 from __future__ import annotations
 
+import copy
 import itertools
 import logging
 import os
@@ -487,7 +488,7 @@ def _worker_lost(task: Task, message: Lost) -> WorkerLost:
 def _raisable(error: BaseException) -> BaseException:
     """Make a fresh exception of the same kind, so that tracebacks do not pile up on one object."""
     try:
-        fresh = type(error)(*error.args)
+        fresh = copy.copy(error)
     except TypeError:
         return error
     fresh.__cause__ = error.__cause__

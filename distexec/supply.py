@@ -122,7 +122,7 @@ class Supply:
                                       "other node passed it; the executor cannot be used any more")
             error.__cause__ = cause
         else:
-            error = lost_error(failure.evidence, f"no worker could be started: {failure.evidence.reason}", 1)
+            error = lost_error(failure.evidence, f"no worker could be started: {failure.evidence.reason}", 0)
         self._root.break_with(error)
 
     def _has_hope(self) -> bool:

@@ -211,7 +211,7 @@ class TestStore:
         def full(fd: int, piece: memoryview, offset: int) -> None:
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(shipping, "_write_at", full)
+        monkeypatch.setattr(shipping, "write_at", full)
         with pytest.raises(OSError, match="No space"):
             store.put(bytes(MIB))
         assert sum(arena.live_bytes for arena in store._arenas) == 0
