@@ -174,8 +174,11 @@ class ClusterFuture(Future[T]):
         if self._state in (_RUNNING, _FINISHED) or not super().cancel():
             return False
         task, control = self._task, self._control
-        if self._notify_cancel() and task is not None and control is not None:
-            control.withdraw(task)
+        if self._notify_cancel():
+            self._finished_at = time.monotonic()
+            self._task = None  # it has the arguments
+            if task is not None and control is not None:
+                control.withdraw(task)
         return True
 
     def kill(self) -> bool:

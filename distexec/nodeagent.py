@@ -413,7 +413,7 @@ class Agent:
             uplink.link.close("wrong session token")
             return
         if tenancy is None:
-            if opened.session < 1 or not 0.0 < opened.weight < 1e6 or opened.ceiling < 0:  # all sessions would suffer from it
+            if opened.session < 1 or not 0.0 < opened.weight < 1e6 or opened.ceiling < 0:  # all sessions would suffer
                 uplink.link.close("a session that cannot be: its number, weight or ceiling")
                 return
             try:

@@ -51,8 +51,8 @@ REDIAL_MAX_S = 5.0
 REFUSALS_FOR_PROOF = 3
 
 SHORT_S = 1.0
-"""A link that lived less was not worth having: after the second in a row, dials are paused for. Smaller: two ends that cannot
-agree keep each other busy. Larger: who loses a young link waits for the next."""
+"""A link that lived less was not worth having: after the second in a row, dials are paused for. Smaller: two ends that
+cannot agree keep each other busy. Larger: who loses a young link waits for the next."""
 
 
 class NodeState(Enum):

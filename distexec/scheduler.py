@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from . import shares
+from .fates import Fates, renumbered, verdict
 from .ledger import (
     ABANDONED,
     EndSession,
@@ -72,8 +73,7 @@ class Scheduler:
         self._drained: set[Peer] = set()  # nodes that are to get nothing more
         self._node_timeout_s, self._orphan_s = node_timeout_s, orphan_s
         self._absent = absent
-        self._ended: list[tuple[Task, Outcome | Lost]] = []
-        self._failures: list[tuple[Session, Peer | None, SessionFailed]] = []
+        self._fates = Fates(self._place)
         self._last_number = 0
         self._touched: dict[Session, dict[Lane, None] | None] = {}  # to be filled after this batch; None: every lane
         self._last_touched: Lane | None = None  # saves looking it up in `_touched` for each outcome of a batch
@@ -88,12 +88,12 @@ class Scheduler:
     @property
     def has_news(self) -> bool:
         """Whether anything came out that nobody took yet."""
-        return bool(self._place.out or self._place.pool or self._ended or self._failures)
+        return bool(self._place.out or self._place.pool or self._fates.ended or self._fates.failures)
 
     @property
     def only_speaks(self) -> bool:
         """Whether what came out is one message and nothing else."""
-        return len(self._place.out) == 1 and not (self._place.pool or self._ended or self._failures)
+        return len(self._place.out) == 1 and not (self._place.pool or self._fates.ended or self._fates.failures)
 
     def take(self) -> list[tuple[Peer, Message]]:
         """Give what is to be said since the last call, in order."""
@@ -107,12 +107,12 @@ class Scheduler:
 
     def take_ended(self) -> list[tuple[Task, Outcome | Lost]]:
         """Give the root's tasks that ended: each once, with its outcome or the loss that was one too many."""
-        ended, self._ended = self._ended, []
+        ended, self._fates.ended = self._fates.ended, []
         return ended
 
     def take_failures(self) -> list[tuple[Session, Peer | None, SessionFailed]]:
         """Give the root's sessions that a node (None: the pool beneath) found itself unable to run."""
-        failures, self._failures = self._failures, []
+        failures, self._fates.failures = self._fates.failures, []
         return failures
 
     # ---- sessions
@@ -195,7 +195,7 @@ class Scheduler:
         if session.tasks.get(task.run.seq) is not task or task.doom is not None:
             return
         if lane is None:
-            self._finish(task, _verdict(task, kind))
+            self._fates.finish(task, verdict(task, kind))
             return
         task.doom = kind
         if lane.is_worker:
@@ -260,7 +260,7 @@ class Scheduler:
                 tasks = list(lane.leases.values())
                 self._drop_lane(lane)
                 for task in reversed(tasks):
-                    self._died(task, evidence)
+                    self._fates.died(task, evidence)
                 self._cap(session, now)
 
     def drain_node(self, peer: Peer) -> None:
@@ -331,25 +331,8 @@ class Scheduler:
         session.starting = max(0, session.starting - 1)
         if session.closing or session.failed:
             return
-        self._fail(session, None, SessionFailed(session.uplink_no, evidence, data))
+        self._fates.fail(session, None, SessionFailed(session.uplink_no, evidence, data))
         self._share(now)
-
-    def _fail(self, session: Session, peer: Peer | None, failure: SessionFailed) -> None:
-        """No more workers of the session can be had here: what runs may end, the rest goes back."""
-        session.failed = True
-        if session.is_root:
-            self._failures.append((session, peer, failure))
-        else:
-            session.failure = failure
-            self._place.give_back(session, session.unleased())
-            self._tell_failure(session)
-
-    def _tell_failure(self, session: Session) -> None:
-        """Say upward that the session failed, once nothing of it runs here: what is leased here then counts as unstarted."""
-        failure = session.failure
-        if failure is not None and not session.tasks and session.upstream is not None and not session.reconciling:
-            session.failure = None
-            self._place.out.append((session.upstream, SessionFailed(session.uplink_no, failure.evidence, failure.data)))
 
     def worker_gone(self, worker: Peer, session: Session, started: int, evidence: Evidence, now: float) -> None:
         """Learn that a worker died, all it sent having been received; `started` is the order it began last."""
@@ -361,14 +344,14 @@ class Scheduler:
         for task in reversed(tasks):
             task.lane = None
             if task.doom is not None:
-                self._finish(task, _verdict(task, task.doom))
+                self._fates.finish(task, verdict(task, task.doom))
             elif task.order == started:
-                self._died(task, evidence)
+                self._fates.died(task, evidence)
             else:
                 self._place.requeue(task)
         self._share(now)
         self._place.fill(session)
-        self._tell_failure(session)
+        self._fates.tell_failure(session)
 
     def revoked(self, worker: Peer, session: Session, started: int, now: float) -> None:
         """Learn, 10 ms after `Revoke`, which order the worker began last: what was revoked beyond it is ours again."""
@@ -376,16 +359,9 @@ class Scheduler:
         if lane is None or lane.revoke_range is None:
             return
         for task in self._place.taken_back(lane, started):
-            self._come_back(task)
+            self._fates.come_back(task)
         self._place.fill(session)
-        self._tell_failure(session)
-
-    def _come_back(self, task: Task) -> None:
-        """A lease ended without the task having started."""
-        if task.doom is not None:
-            self._finish(task, _verdict(task, task.doom))
-        else:
-            self._place.requeue(task)
+        self._fates.tell_failure(session)
 
     # ---- messages
 
@@ -412,7 +388,7 @@ class Scheduler:
         for session, lanes in touched.items():
             self._place.fill(session, lanes)
             if session.failed:
-                self._tell_failure(session)
+                self._fates.tell_failure(session)
         if len(self.sessions) > 1:
             self._share(now)
 
@@ -425,7 +401,7 @@ class Scheduler:
         session = lane.session
         task = lane.leases.get(message.seq)
         if task is None or task.run.attempt != message.attempt:
-            self._late(lane, message)
+            self._fates.late(lane, message)
             return
         lane.since, lane.is_stalled = now, False
         self._place.unlease(task)
@@ -439,62 +415,11 @@ class Scheduler:
             self._touch(lane)
         if session.uplink_no == 0:
             session.tasks.pop(message.seq, None)
-            self._ended.append((task, message))
+            self._fates.ended.append((task, message))
             if not lane.is_worker:
                 acks.setdefault(message.session, []).append(message.seq)
         elif task.doom is not ABANDONED:
-            self._pass_up(task, message, lane)
-
-    def _finish(self, task: Task, message: Outcome) -> None:
-        """A task that is leased to nobody ends here, by our own verdict."""
-        if task.doom is ABANDONED:
-            return
-        if task.session.is_root:
-            task.session.forget(task)
-            self._ended.append((task, message))
-        else:
-            self._pass_up(task, message, None)
-
-    def _pass_up(self, task: Task, message: Outcome | Lost, lane: Lane | None) -> None:
-        """Send an end upward, and keep it until the root has acknowledged it."""
-        session = task.session
-        session.forget(task)
-        if message.session != session.uplink_no:
-            message = _renumbered(message, session.uplink_no)
-        session.unacked[message.seq] = (message, None if lane is None or lane.is_worker else lane)
-        if session.upstream is not None and not session.reconciling:
-            self._place.out.append((session.upstream, message))
-
-    def _died(self, task: Task, evidence: Evidence) -> None:
-        """An attempt died while it may have been running; only the root decides whether it is run again."""
-        session = task.session
-        task.lane = None
-        if task.doom is not None:
-            self._finish(task, _verdict(task, task.doom))
-        elif not session.is_root:
-            self._pass_up(task, Lost(session.uplink_no, task.run.seq, task.run.attempt, evidence), None)
-        else:
-            task.deaths += 1
-            task.charged = True
-            if task.deaths > task.retries:
-                session.forget(task)
-                self._ended.append((task, Lost(0, task.run.seq, task.run.attempt, evidence)))
-            else:
-                self._place.requeue(task)
-
-    def _late(self, lane: Lane, message: Outcome | Lost) -> None:
-        """Judge the end of an attempt that is not leased to this lane: an outcome counts if nothing replaced the attempt."""
-        session = lane.session
-        task = session.tasks.get(message.seq)
-        if type(message) is Outcome and task is not None and task.queued and task.run.attempt == message.attempt:
-            session.forget(task)
-            if session.is_root:
-                self._ended.append((task, message))
-            else:
-                self._pass_up(task, message, lane)
-                return
-        if not lane.is_worker:
-            self._place.out.append((lane.peer, Ack(session.no, [message.seq], [message.attempt])))
+            self._fates.pass_up(task, message, lane)
 
     def _on_lost(self, peer: Peer, message: Lost, now: float) -> None:
         lane = self._lanes.get((peer, message.session))
@@ -502,15 +427,15 @@ class Scheduler:
             return
         task = lane.leases.get(message.seq)
         if task is None or task.run.attempt != message.attempt:
-            self._late(lane, message)
+            self._fates.late(lane, message)
             return
         self._place.unlease(task)
         self._touch(lane)
         if lane.session.is_root or task.doom is not None:
             self._place.out.append((peer, Ack(lane.session.no, [message.seq])))
-            self._died(task, message.evidence)
+            self._fates.died(task, message.evidence)
         else:
-            self._pass_up(task, message, lane)
+            self._fates.pass_up(task, message, lane)
 
     def _on_returned(self, peer: Peer, message: Returned, now: float) -> None:
         lane = self._lanes.get((peer, message.session))
@@ -520,7 +445,7 @@ class Scheduler:
             task = lane.leases.get(seq)
             if task is not None and task.run.attempt == attempt:
                 self._place.unlease(task)
-                self._come_back(task)
+                self._fates.come_back(task)
         for seq, attempt in message.tasks if lane.is_worker else ():
             self._place.passed_revocation(lane, seq, attempt)
         self._touch(lane)
@@ -543,7 +468,7 @@ class Scheduler:
             lane.birth = birth
             for task in reversed(list(lane.leases.values())):
                 self._place.unlease(task)
-                self._died(task, Evidence(lane.name, reason="the node ended the session while its link was away"))
+                self._fates.died(task, Evidence(lane.name, reason="the node ended the session while its link was away"))
 
     def _on_held(self, peer: Peer, message: Held, now: float) -> None:
         """Reconcile with a node that kept the session while its link was away."""
@@ -555,7 +480,7 @@ class Scheduler:
         for task in reversed(list(lane.leases.values())):
             if (task.run.seq, task.run.attempt) not in held:
                 self._place.unlease(task)  # it never arrived: ends and losses are kept below until acknowledged
-                self._come_back(task)
+                self._fates.come_back(task)
         drop = [(seq, attempt) for seq, attempt in message.leases if not self._is_held_for(lane, seq, attempt)]
         ack = [seq for seq, attempt in message.outcomes if not self._is_held_for(lane, seq, attempt)]
         self._place.out.append((peer, Resume(lane.session.no, drop, ack)))
@@ -582,11 +507,11 @@ class Scheduler:
         lane.offered = 0
         for task in reversed(list(lane.leases.values())):
             self._place.unlease(task)
-            self._come_back(task)
+            self._fates.come_back(task)
         if session.is_root:
-            self._failures.append((session, peer, message))
+            self._fates.failures.append((session, peer, message))
         elif all(each.has_failed for each in session.lanes.values()):
-            self._fail(session, peer, message)
+            self._fates.fail(session, peer, message)
         self._cap(session, now)
 
     def _on_run(self, peer: Peer, message: Run, now: float) -> None:
@@ -694,11 +619,11 @@ class Scheduler:
                 self._abandon(task)
         self._on_ack(peer, Ack(message.session, message.ack), now)
         for seq, (end, lane) in session.unacked.items():
-            session.unacked[seq] = (_renumbered(end, session.uplink_no), lane)
+            session.unacked[seq] = (renumbered(end, session.uplink_no), lane)
             self._place.out.append((peer, session.unacked[seq][0]))
         session.reconciling, session.told = False, -1
         self._offer(session)
-        self._tell_failure(session)
+        self._fates.tell_failure(session)
 
     def _on_close(self, peer: Peer, message: Close, now: float) -> None:
         session = self._by_uplink.get((peer, message.session))
@@ -816,15 +741,3 @@ class Scheduler:
         elif lane.revoke_end is None and len(lane.leases) > 1 and age_s > OVERDUE_S:
             lane.session.estimate_of(current.run.fn).outgrown(age_s)
             self._place.revoke(lane, started + 1)
-
-
-def _verdict(task: Task, kind: OutcomeKind | str) -> Outcome:
-    return Outcome(task.session.uplink_no, task.run.seq, task.run.attempt,
-                   OutcomeKind.KILLED if isinstance(kind, str) else kind, b"", 0)
-
-
-def _renumbered(message: Outcome | Lost, number: int) -> Outcome | Lost:
-    if isinstance(message, Outcome):
-        return Outcome(number, message.seq, message.attempt, message.kind, message.data, message.run_ns, message.buffers,
-                       message.pid)
-    return Lost(number, message.seq, message.attempt, message.evidence)

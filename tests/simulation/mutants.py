@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from distexec import shares
+from distexec.fates import Fates
 from distexec.ledger import Lane, Queue, Session, Task
 from distexec.messages import Lost, Outcome, Run
 from distexec.placement import Placement
@@ -126,13 +127,13 @@ def _forget_a_requeue(original: Original) -> Original:
 def _accept_a_stale_attempt(original: Original) -> Original:
     """Accept a stale attempt."""
 
-    def wrong(self: Scheduler, lane: Lane, message: Outcome | Lost) -> None:
+    def wrong(self: Fates, lane: Lane, message: Outcome | Lost) -> None:
         task = lane.session.tasks.get(message.seq)
         if type(message) is Outcome and task is not None and lane.session.is_root and not task.doom:
             if task.lane is not None:
                 self._place.unlease(task)
             lane.session.forget(task)
-            self._ended.append((task, message))
+            self.ended.append((task, message))
         else:
             original(self, lane, message)
 
@@ -145,7 +146,7 @@ def _accept_a_stale_attempt(original: Original) -> Original:
 def _charge_nothing(original: Original) -> Original:
     """Run again for ever, uncharged, what died."""
 
-    def wrong(self: Scheduler, task: Task, evidence: Any) -> None:
+    def wrong(self: Fates, task: Task, evidence: Any) -> None:
         original(self, task, evidence)
         if task.deaths and task.queued:
             task.deaths -= 1
@@ -283,11 +284,11 @@ PLANTED_BY_THE_ISSUE = [
     Mutant(Placement, "_lease", _double_a_lease),
     Mutant(Placement, "reindex", _leak_a_slot),
     Mutant(Placement, "requeue", _forget_a_requeue),
-    Mutant(Scheduler, "_late", _accept_a_stale_attempt, STORM),
+    Mutant(Fates, "late", _accept_a_stale_attempt, STORM),
 ]
 
 MORE = [
-    Mutant(Scheduler, "_died", _charge_nothing),
+    Mutant(Fates, "died", _charge_nothing),
     Mutant(Placement, "adopt", _charge_twice, STORM),
     Mutant(Scheduler, "worker_gone", _requeue_what_died),
     Mutant(Placement, "taken_back", _take_back_what_runs),

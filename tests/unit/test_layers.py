@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[2] / "distexec"
 
 LAYERS = {
     "errors": 0, "messages": 0, "auth": 0,
-    "protocol": 1, "handshake": 1, "gate": 1, "scheduler": 1, "ledger": 1, "placement": 1, "shares": 1,
+    "protocol": 1, "handshake": 1, "gate": 1, "scheduler": 1, "fates": 1, "ledger": 1, "placement": 1, "shares": 1,
     "payload": 1, "byvalue": 1, "mainmodule": 1, "definitions": 1, "report": 1,
     "address": 2, "iothread": 2, "link": 2, "tls": 2, "opening": 2,
     "transport": 2, "secretfile": 2, "shipping": 2, "transfers": 2, "memory": 2, "discovery": 2, "stats": 2,
