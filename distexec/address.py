@@ -7,7 +7,7 @@ import re
 import socket
 from typing import Any
 
-__all__ = ["DEFAULT_PORT", "format_address", "parse_address", "resolve"]
+__all__ = ["DEFAULT_PORT", "format_address", "own_addresses", "parse_address", "resolve"]
 
 DEFAULT_PORT = 9730
 
@@ -51,6 +51,18 @@ def format_address(sockaddr: tuple[Any, ...]) -> str:
     """Write a socket address as `parse_address` reads it."""
     host, port = sockaddr[:2]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def own_addresses() -> list[str]:
+    """List this machine's addresses by which others can reach it, IPv4 first: no loopback, nothing of one link only."""
+    import netifaces  # late: only agents that listen everywhere ask
+
+    found = []
+    for family in (netifaces.AF_INET, netifaces.AF_INET6):
+        for interface in netifaces.interfaces():
+            for entry in netifaces.ifaddresses(interface).get(family, ()):
+                found.append(str(entry["addr"]).partition("%")[0])
+    return [text for text in found if not text.startswith(("127.", "169.254.", "fe80:")) and text != "::1"]
 
 
 def _is_v6(text: str) -> bool:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
-from .address import DEFAULT_PORT, format_address, parse_address, resolve
+from .address import DEFAULT_PORT, format_address, own_addresses, parse_address, resolve
 from .errors import DistexecError
 from .secretfile import create_secret, load_secret, read_secret, secret_path
 
@@ -112,7 +112,13 @@ def _start(agent: Any, addresses: list[tuple[str, int]], *, is_default: bool) ->
         addresses = addresses[:1]
     agent.start(addresses)
     where = ", ".join(format_address(listener.address) for listener in agent.listeners)
-    print(f"distexec-agent {agent.name!r} ready: {agent.slots} slots, listening on {where}", flush=True)
+    named = f"; others reach it at {_reachable(agent.listeners[0].address[1])}" if is_default else ""
+    print(f"distexec-agent {agent.name!r} ready: {agent.slots} slots, listening on {where}{named}", flush=True)
+
+
+def _reachable(port: int) -> str:
+    """Say what to put into `nodes=` on other machines."""
+    return ", ".join(format_address((text, port)) for text in own_addresses()) or "no address but this machine's own"
 
 
 def _has_v6() -> bool:

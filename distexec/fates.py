@@ -93,8 +93,10 @@ class Fates:
     def tell_failure(self, session: Session) -> None:
         """Say upward that the session failed, once nothing of it runs here: what is leased here then counts as unstarted."""
         failure = session.failure
-        if failure is not None and not session.tasks and session.upstream is not None and not session.reconciling:
-            session.failure = None
+        if failure is None or session.has_confessed or session.tasks:
+            return
+        if session.upstream is not None and not session.reconciling:
+            session.has_confessed = True
             self._place.out.append((session.upstream, SessionFailed(session.uplink_no, failure.evidence, failure.data)))
 
 

@@ -292,9 +292,9 @@ class Session:
     """One executor's tenancy at one vertex."""
 
     __slots__ = ("ahead", "birth", "busy", "capped", "ceiling", "closing", "code", "estimates", "failed", "failure",
-                 "free", "granted", "id", "lanes", "limited", "no", "opened", "orphaned_at", "owed", "peak", "peak_at",
-                 "pinned", "queue", "reconciling", "served", "served_at", "starting", "tasks", "told", "unacked",
-                 "uplink_no", "upstream", "waiting", "want", "wanted", "weight", "workers")
+                 "free", "granted", "has_confessed", "id", "lanes", "limited", "no", "opened", "orphaned_at", "owed",
+                 "peak", "peak_at", "pinned", "queue", "reconciling", "served", "served_at", "starting", "tasks", "told",
+                 "unacked", "uplink_no", "upstream", "waiting", "want", "wanted", "weight", "workers")
 
     def __init__(self, opened: Open, upstream: Peer | None, number: int, birth: int = 0) -> None:
         self.opened = opened
@@ -333,6 +333,7 @@ class Session:
         self.capped = False  # a node may be used more as soon as others are used less
         self.limited = False  # some task of it has had a time limit
         self.failed = False  # no more workers can be had here
+        self.has_confessed = False  # the vertex above was told
         self.failure: SessionFailed | None = None  # why; said upward once nothing runs here any more
 
     @property

@@ -142,7 +142,7 @@ class Scheduler:
         self._by_uplink.pop((session.upstream, session.uplink_no), None)
         session.upstream, session.uplink_no, session.orphaned_at = upstream, opened.session, None
         self._by_uplink[upstream, opened.session] = session
-        session.reconciling = True
+        session.reconciling, session.has_confessed = True, False
         leases = [(task.run.seq, task.run.attempt) for task in session.tasks.values()]
         ended = [(message.seq, message.attempt) for message, _ in session.unacked.values()]
         self._place.out.append((upstream, Held(opened.session, leases, ended, session.birth)))
@@ -299,7 +299,7 @@ class Scheduler:
             if peer in self._drained:
                 lane.state = LaneState.DRAINING
             if session.failed and not self.slots:
-                session.failed, session.failure = False, None  # this node may be able to
+                session.failed, session.failure, session.has_confessed = False, None, False  # this node may be able to
         lane.window_s, lane.wanted, session.wanted = window_s, False, None
         lane.defined.clear()
         self._lanes[peer, session.no] = lane
