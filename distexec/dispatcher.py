@@ -10,6 +10,7 @@ peer are queued in the order decided, under the lock; only the writing happens a
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -37,6 +38,9 @@ Shorter than any round trip, so that a caller who waits for each result is never
 
 ACK_S = 0.02
 """How long an acknowledgement waits for company. Longer: outcomes are kept longer below. Shorter: wake-ups for nothing."""
+
+
+_log = logging.getLogger("distexec")
 
 
 class PeerPort(Protocol):
@@ -135,13 +139,12 @@ class Dispatcher:
             now = time.monotonic()
             is_burst = now - self._submitted_at < BURST_S
             self._submitted_at = now
-            rest = None
-            if scheduler.only_speaks and not session.limited:
-                # One task handed to a free slot: nothing else can be due, and its way should be short.
-                ports = self._post()
-            else:
-                ports = self._post()
-                rest = self._rest()
+            # One task handed to a free slot: nothing else can be due, and its way should be short.
+            is_plain = scheduler.only_speaks and not session.limited
+            ports = self._post()
+            rest = None if is_plain else self._rest()
+            if rest is not None:
+                self.loop.call_soon(self._carry_out, *rest)  # here and not below, where Ctrl-C could come between
             if is_burst and ports:
                 has_flusher = bool(self._burst)
                 self._burst.update(dict.fromkeys(ports))
@@ -150,8 +153,6 @@ class Dispatcher:
                 port.flush()
         elif ports and not has_flusher:
             self.loop.call_soon(self._flush_burst)
-        if rest is not None:
-            self._carry_out(*rest)
         return True
 
     def submit_many(self, root: Gate, tasks: Sequence[Task], definition: Define) -> bool:
@@ -166,10 +167,10 @@ class Dispatcher:
                 scheduler.submit(task.session, task)
             ports = self._post()
             rest = self._rest()
+            if rest is not None:
+                self.loop.call_soon(self._carry_out, *rest)
         for port in ports:
             port.flush()
-        if rest is not None:
-            self._carry_out(*rest)
         return True
 
     def _flush_burst(self) -> None:
@@ -197,7 +198,7 @@ class Dispatcher:
             return []
         if len(out) == 1:
             port: Any = out[0][0]
-            port.queue([out[0][1]])
+            self._queue(port, [out[0][1]])
             return [port] if type(out[0][1]) is not Ack else self._flush_later(port)
         batches: dict[Any, list[Message]] = {}
         for peer, message in out:
@@ -207,8 +208,18 @@ class Dispatcher:
             else:
                 batch.append(message)
         for peer, batch in batches.items():
-            peer.queue(batch)
+            self._queue(peer, batch)
         return list(batches)
+
+    def _queue(self, port: Any, batch: list[Message]) -> None:
+        """Put messages in line. A worker that cannot be told (no descriptor left to lend it) is ended: its tasks move on."""
+        try:
+            port.queue(batch)
+        except Exception as error:  # whatever it is, the other ports' messages must not be lost with these
+            _log.exception("distexec: %r could not be told what was decided", port)
+            if getattr(port, "session", None) is not None:
+                action = KillWorker(port, f"its tasks could not be handed to it: {type(error).__name__}: {error}")
+                self.loop.call_soon(self._end_worker, action)
 
     def _flush_later(self, port: PeerPort) -> list[PeerPort]:
         """Let an acknowledgement wait for something to go along with: it would wake the other end for nothing."""

@@ -194,15 +194,15 @@ class ClusterExecutor(_Submitter):
         for _, resolve_now in targets:
             resolve_now()
         slots = _local_slots(specs, None if remote else max_workers) if is_local else 0
+        listed = self._name if cluster == "default" else f"{cluster}/{self._name}"
         packer = CallPacker()
         plan = _PoolPlan(packer, mp_context, initializer, initargs, is_remote_too=bool(remote))
         self._root = Root(
-            name=self._name, packer=packer, spec=plan.spec(env, max_tasks_per_child or 0, echo, self._name), slots=slots,
+            name=self._name, packer=packer, spec=plan.spec(env, max_tasks_per_child or 0, echo, listed), slots=slots,
             ceiling=int(max_workers or 0) if remote else 0, retries=retries, node_timeout_s=float(node_timeout),
             nodes_timeout_s=nodes_timeout, max_pending=max_pending,
             make_pool=plan.make_pool if is_local else None)
         self._root.supply.credentials = credentials
-        self._cluster = cluster
         self._secret = secret
         # Kept by the root: of a weak reference that is garbage together with its object, the callback is not called.
         self._root.owner = weakref.ref(self, _dropper(self._root))

@@ -73,6 +73,9 @@ REFETCH_S = 0.2
 CLOSE_S = 3.0
 """How long the workers of a finished session get to leave by themselves."""
 
+MAX_SESSIONS = 1024
+"""Sessions on one connection: an executor has one, a hub one for each executor above it; each costs a directory."""
+
 _log = logging.getLogger("distexec")
 
 
@@ -138,7 +141,8 @@ class Tenancy:
         self.agent, self.opened, self.uplink = agent, opened, uplink
         self.session: Session | None = None
         self.directory = tempfile.mkdtemp(prefix="session-", dir=agent.spool)
-        self.pool = Pool(agent.loop, _local_spec(opened.spec), self, store=agent.store, capture=True, node=agent.name)
+        spec = _local_spec(opened.spec, self.directory)
+        self.pool = Pool(agent.loop, spec, self, store=agent.store, capture=True, node=agent.name)
         self.missing: dict[int, dict[bytes, BlobRef]] = {}  # by task or (negative) function, what is still on its way
         self.held: dict[int, list[BlobRef]] = {}  # references that go with a task or function
         self.results: dict[int, dict[int, list[BlobRef]]] = {}  # by task and attempt, results not yet acknowledged
@@ -206,10 +210,11 @@ class Tenancy:
                                        lambda ref, reason: self._failed(key, ref, reason))
 
     def _got(self, key: int, ref: BlobRef) -> None:
-        if key not in self.held:  # its task ended meanwhile
+        held = self.held.get(key)
+        if held is None:  # its task ended meanwhile
             self.agent.store.release(ref)
             return
-        self.held[key].append(ref)
+        held.append(ref)
         missing = self.missing.get(key)
         if missing is None:
             return
@@ -416,6 +421,9 @@ class Agent:
             if opened.session < 1 or not 0.0 < opened.weight < 1e6 or opened.ceiling < 0:  # all sessions would suffer
                 uplink.link.close("a session that cannot be: its number, weight or ceiling")
                 return
+            if sum(each.uplink is uplink for each in self.tenancies.values()) >= MAX_SESSIONS:
+                uplink.link.close(f"more than {MAX_SESSIONS} sessions on one connection")
+                return
             try:
                 tenancy = self.tenancies[opened.id] = Tenancy(self, opened, uplink)
             except OSError as error:
@@ -518,11 +526,14 @@ def _ignore(_link: Link, _messages: list[Message]) -> None:
     """A control link's peer has nothing to say that needs an answer; its pings are answered by the transport."""
 
 
-def _local_spec(spec: SessionSpec) -> SessionSpec:
-    """Make a client's description of itself fit this machine: its own environment, and the paths that exist here too."""
+def _local_spec(spec: SessionSpec, spare: str) -> SessionSpec:
+    """Make a client's description of itself fit this machine: its own environment, and the paths that exist here too.
+
+    Where the client's working directory does not exist, `spare` takes its place.
+    """
     environ = {**os.environ, **spec.env}
     environ.pop("DISTEXEC_SECRET", None)
-    directory = spec.directory if os.path.isdir(spec.directory) else ""
+    directory = spec.directory if os.path.isdir(spec.directory) else spare
     extra = [entry or directory for entry in spec.path]
     path = [entry for entry in extra if entry and entry not in sys.path and os.path.exists(entry)]
     path += [entry for entry in sys.path if entry]

@@ -11,6 +11,7 @@ said once, and dialling goes on, for machines come back.
 from __future__ import annotations
 
 import random
+import threading
 import time
 from collections.abc import Callable, Sequence
 from enum import Enum
@@ -49,6 +50,9 @@ REDIAL_MAX_S = 5.0
 """Longest pause between dials of a node that does not answer."""
 
 REFUSALS_FOR_PROOF = 3
+
+RESOLVE_EVERY = 4
+"""After so many dials in vain a name is looked up anew: the machine may have moved."""
 
 SHORT_S = 1.0
 """A link that lived less was not worth having: after the second in a row, dials are paused for. Smaller: two ends that
@@ -101,6 +105,9 @@ class Node:
         self._opened_at = 0.0
         self._shorts = 0  # links in a row that lived less than SHORT_S
         self._has_said_bye = False
+        self._addresses = resolve()
+        self._is_named = all(sockaddr[0] not in address for sockaddr in self._addresses)  # not written as a number
+        self._is_resolving = False
 
     @property
     def name(self) -> str:
@@ -143,13 +150,17 @@ class Node:
     def _redial(self) -> None:
         if self.state in (NodeState.LEAVING, NodeState.UP):
             return
-        try:
-            addresses = self._resolve()
-        except ValueError as error:
-            self._on_failed(error)
-            return
-        self._dial = self._loop.dial(addresses, Role.UPSTREAM, self._credentials, FromDownstream, self._on_open,
+        self._dial = self._loop.dial(self._addresses, Role.UPSTREAM, self._credentials, FromDownstream, self._on_open,
                                      self._on_failed, self._on_messages, self._on_closed)
+
+    def _resolve_again(self) -> None:
+        """Look the name up anew, off the I/O thread: the resolver may take its time, and the machine may have moved."""
+        try:
+            self._addresses = self._resolve()
+        except ValueError as error:
+            self.error = error  # the last known addresses are dialled on
+        finally:
+            self._is_resolving = False
 
     def _on_open(self, link: Link) -> None:
         hello = link.hello
@@ -180,6 +191,9 @@ class Node:
         self._refusals = self._refusals + 1 if isinstance(error, ConnectionRefusedError) else 0
         if self._is_known and self._refusals >= REFUSALS_FOR_PROOF:
             self._lose("its process is gone: the machine answers, but nobody listens there any more")
+        if self._is_named and not self._is_known and not self._is_resolving and self._failures % RESOLVE_EVERY == 0:
+            self._is_resolving = True
+            threading.Thread(target=self._resolve_again, name="distexec-resolve", daemon=True).start()
         self._owner.node_changed(self)
         self._loop.call_later(self._pause_s(), self._redial)
 

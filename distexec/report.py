@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 __all__ = ["ClusterStatus", "NodeStatus"]
@@ -63,5 +64,10 @@ def _table(nodes: list[NodeStatus]) -> str:
         memory = "" if node.memory_free_bytes is None else f"{node.memory_free_bytes / 2**30:.1f} GiB"
         rows.append((node.name, node.address, node.state, str(node.slots), str(node.running), str(node.done), cpu, memory,
                      node.problem))
+    return layout(rows)
+
+
+def layout(rows: Sequence[tuple[str, ...]]) -> str:
+    """Set rows of cells in columns, the first row being their heads."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)

@@ -173,21 +173,26 @@ class Root:
             self._closer = threading.Thread(target=self._close, name="distexec-closer")
             is_started = self._is_started
         if is_started:
-            self._closer.start()
+            try:
+                self._closer.start()
+            except RuntimeError:  # no more threads: the processes end with this one's, and nobody shall wait
+                self._closed.set()
         else:  # and never will be: there is nothing to wait for, and the interpreter may be past starting threads
             self._close()
 
     def _close(self) -> None:
-        if not self.session.closing:
-            self.dispatcher.call(self.scheduler.close_session, self.session)
-        self.dispatcher.close()
-        if self._is_started:
-            self.supply.close(CLOSE_S)
-        self.loop.stop()
-        self.store.close()
-        _roots.discard(self)
-        self._closed.set()
-        self.supply.notify()
+        try:
+            if not self.session.closing:
+                self.dispatcher.call(self.scheduler.close_session, self.session)
+            self.dispatcher.close()
+            if self._is_started:
+                self.supply.close(CLOSE_S)
+            self.loop.stop()
+            self.store.close()
+        finally:
+            _roots.discard(self)
+            self._closed.set()
+            self.supply.notify()
 
     def abandon(self) -> None:
         """Be closed in a forked child: threads, links and workers are its parent's."""

@@ -157,6 +157,7 @@ class Scheduler:
             self._drop_lane(lane)
         session.tasks.clear()
         session.unacked.clear()
+        session.granted = 0
         self.sessions.remove(session)
         self._touched.pop(session, None)
         self._by_uplink.pop((session.upstream, session.uplink_no), None)
@@ -183,7 +184,7 @@ class Scheduler:
     def discard(self, task: Task) -> bool:
         """Take out a task that was never leased; False if it was, or has ended."""
         session = task.session
-        if not task.queued or task.claimed:
+        if not task.queued or task.claimed or session.tasks.get(task.run.seq) is not task:
             return False
         session.forget(task)
         self._place.tell_want(session)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import __version__
 from .messages import Bye, Load, Message, Role, ToControl
+from .report import layout
 from .transport import Link, Loop
 
 if TYPE_CHECKING:
@@ -44,9 +45,7 @@ class Answers(NamedTuple):
                 str(load.slots), str(load.busy), str(load.sessions), f"{load.cpu_percent:.0f} %",
                 f"{load.memory_free_bytes / 2**30:.1f}/{load.memory_total_bytes / 2**30:.1f} GiB")
             rows.append((node.address, node.state, node.name, *told, node.version, node.python, node.problem))
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-                         for row in rows)
+        return layout(rows)
 
 
 def survey(targets: Sequence[tuple[str, Sequence[tuple[Any, ...]]]], secret: Secret, timeout_s: float) -> Answers:
