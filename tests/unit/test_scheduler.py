@@ -407,6 +407,19 @@ def test_a_failed_start_lets_the_rest_finish_before_it_is_told() -> None:
     assert script.heard() == [(LINK, script.outcome(1)), (LINK, SessionFailed(1, GONE, b"error"))]
 
 
+def test_a_failed_session_says_so_again_to_a_vertex_that_may_not_know() -> None:
+    """The agent said SessionFailed, then its link broke: on the next link it says so once more."""
+    script = with_workers(slots=1, upstream=LINK)
+    script.runs((1, 1))
+    script.scheduler.start_failed(script.session, GONE, b"", 0.0)
+    assert (LINK, SessionFailed(1, GONE)) in script.heard()
+    script.scheduler.upstream_lost(LINK, 1.0)
+    script.scheduler.open_session(script.opened, LINK, 2.0)
+    script.heard()
+    script.says(LINK, Resume(1, [], []))
+    assert script.heard() == [(LINK, Offer(1, 0, 1)), (LINK, SessionFailed(1, GONE))]
+
+
 def test_a_failed_session_moves_its_tasks_uncharged() -> None:
     """A node says that it cannot run the session: its leases go elsewhere, and the root hears of it."""
     script = Script()
