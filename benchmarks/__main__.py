@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -20,6 +21,7 @@ def main() -> int:
                         + ", ".join(experiment.name for experiment in suite.experiments(quick=True)))
     parser.add_argument("--output", type=Path, default=BUILD, metavar="DIR", help="default: %(default)s")
     options = parser.parse_args()
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # nobody's programs run without compiled modules
     warnings.filterwarnings("ignore", message=".*use of fork.*", category=DeprecationWarning)
     results = suite.run(options.only, quick=options.quick)
     options.output.mkdir(parents=True, exist_ok=True)

@@ -105,6 +105,7 @@ class Node:
         self._opened_at = 0.0
         self._shorts = 0  # links in a row that lived less than SHORT_S
         self._has_said_bye = False
+        self._has_left = False
         self._addresses = resolve()
         self._is_named = all(sockaddr[0] not in address for sockaddr in self._addresses)  # not written as a number
         self._is_resolving = False
@@ -140,7 +141,9 @@ class Node:
 
     def leave(self, reason: str) -> None:
         """Say goodbye and dial no more. I/O thread."""
-        self.state = NodeState.LEAVING
+        self._has_left = True
+        if self.state is not NodeState.REFUSED:  # why it was never used stays to be seen
+            self.state = NodeState.LEAVING
         if self._dial is not None:
             self._dial.cancel()
         if self.link is not None:
@@ -148,7 +151,7 @@ class Node:
             self.link.close(reason)
 
     def _redial(self) -> None:
-        if self.state in (NodeState.LEAVING, NodeState.UP):
+        if self._has_left or self.state is NodeState.UP:
             return
         self._dial = self._loop.dial(self._addresses, Role.UPSTREAM, self._credentials, FromDownstream, self._on_open,
                                      self._on_failed, self._on_messages, self._on_closed)
@@ -165,7 +168,7 @@ class Node:
     def _on_open(self, link: Link) -> None:
         hello = link.hello
         assert hello is not None, "a link opens after both Hellos"
-        if self.state is NodeState.LEAVING:
+        if self._has_left:
             link.close("not needed any more")
             return
         if self._is_known and self.hello is not None and self.hello.incarnation != hello.incarnation:
@@ -180,6 +183,8 @@ class Node:
         self._dispatcher.call(lambda now: self._dispatcher.scheduler.node_joined(self, hello.name, NODE_AHEAD_S))
 
     def _on_failed(self, error: Exception) -> None:
+        if self._has_left:
+            return
         self.error = error
         self._failures += 1
         if isinstance(error, (AuthenticationFailed, IncompatibleNode)):
@@ -208,7 +213,7 @@ class Node:
         self.link = None
         if self._transfers is not None:
             self._transfers.close(reason)
-        if self.state is NodeState.LEAVING:
+        if self._has_left:
             return
         if self._has_said_bye:
             self._lose("it was stopped")
@@ -237,7 +242,7 @@ class Node:
 
     def _watch(self) -> None:
         """Ask a quiet node for a sign of life; take one that gives none for three intervals for cut off."""
-        if self.state is NodeState.LEAVING:
+        if self._has_left:
             return
         self._loop.call_later(self._ping_s, self._watch)
         link = self.link

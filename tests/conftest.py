@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import faulthandler
 import os
 import shutil
@@ -28,7 +29,8 @@ def pytest_configure(config: pytest.Config) -> None:
     directory = tempfile.mkdtemp(prefix="dx-")
     os.environ["TMPDIR"] = directory
     tempfile.tempdir = None
-    config.add_cleanup(lambda: shutil.rmtree(directory, ignore_errors=True))
+    # At exit, and registered before multiprocessing registers the removal of what it keeps there: so it comes after that.
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
     for name in [name for name in os.environ if name.startswith("DISTEXEC_")]:
         del os.environ[name]  # the developer's own cluster is not to be tested on
     os.environ["XDG_CONFIG_HOME"] = os.path.join(directory, "pytest-of-config")
