@@ -185,9 +185,13 @@ class Dispatcher:
         with self.lock:
             scheduler.receive(peer, messages, time.monotonic())
             ports = self._post()
-            rest = self._rest()
+            ended = scheduler.take_ended()
         for port in ports:
             port.flush()
+        if ended and self._on_ended is not None:
+            self._on_ended(ended)  # before what nobody waits for
+        with self.lock:
+            rest = self._rest()
         if rest is not None:
             self._carry_out(*rest)
 
@@ -237,10 +241,12 @@ class Dispatcher:
     def _rest(self) -> tuple[list[PoolAction], list[Any], list[Any], bool] | None:
         """Collect what is left to do without the lock. With the lock held."""
         scheduler = self.scheduler
-        actions, ended, failures = scheduler.take_pool(), scheduler.take_ended(), scheduler.take_failures()
         arm = not self._is_ticking and scheduler.needs_tick()
         if arm:
             self._is_ticking = True
+        elif not scheduler.has_news:
+            return None
+        actions, ended, failures = scheduler.take_pool(), scheduler.take_ended(), scheduler.take_failures()
         return (actions, ended, failures, arm) if actions or ended or failures or arm else None
 
     def _carry_out(self, actions: list[PoolAction], ended: list[Any], failures: list[Any], arm: bool) -> None:

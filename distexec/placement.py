@@ -67,6 +67,9 @@ class Placement:
     def fill(self, session: Session, touched: Iterable[Lane] | None = None) -> None:
         """Hand out all that may run now: to free slots first, then into the windows of `touched` lanes (None: of all)."""
         queue = session.queue
+        if not queue.count and not session.pinned:
+            self.tell_want(session)
+            return
         while queue.count and session.free:
             lane = self._free_lane(session)
             if lane is None:
