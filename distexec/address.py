@@ -22,6 +22,8 @@ def parse_address(text: str, default_port: int = DEFAULT_PORT, *, lowest_port: i
     text and shows the forms.
     """
     text = text.strip()
+    if len(text.split()) > 1:
+        raise ValueError(f"not an address: {text!r}; separate nodes by commas")
     if text.count(":") > 1 and not text.startswith("["):
         text = f"[{text}]"
     match = _FORMS.match(text)

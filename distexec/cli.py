@@ -156,7 +156,11 @@ def _slots(wanted: int | None, cpus: int) -> int:
 
 
 def _agent_secret(file: str | None) -> Secret:
-    secret = load_secret(None, file)
+    try:
+        secret = load_secret(None, file)
+    except FileNotFoundError:
+        raise UsageError(f"--secret-file {file}: there is no such file; make it with `distexec secret new --file {file}` "
+                         "or copy it from another machine of the cluster") from None
     if secret is not None:
         return secret
     path = create_secret()

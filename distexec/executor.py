@@ -419,7 +419,7 @@ def _node_specs(nodes: str | Sequence[str | NodeSpec] | None) -> list[NodeSpec]:
             raise TypeError(f"a node is named by a string or NodeSpec, not {spec.address!r}")
         if spec.slots is not None and spec.slots < 0:
             raise ValueError(f"slots of node {spec.address!r} must be 0 or more, not {spec.slots}")
-    return specs
+    return list({spec.address: spec for spec in specs}.values())  # one that is named twice is meant once
 
 
 def _local_slots(specs: list[NodeSpec], max_workers: int | None) -> int:

@@ -18,7 +18,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .dispatcher import Dispatcher
-from .errors import AuthenticationFailed, IncompatibleNode
+from .errors import AuthenticationFailed, DistexecError, IncompatibleNode
 from .ledger import NODE_AHEAD_S
 from .messages import (
     BlobRef,
@@ -75,6 +75,9 @@ class NodeOwner(Protocol):
     def node_changed(self, node: Node) -> object:
         """Learn that the node's state is another."""
 
+    def twin_of(self, node: Node, incarnation: bytes) -> Node | None:
+        """Give another node that is the same process, if there is one."""
+
     def node_wrote(self, node: Node, output: Output) -> object:
         """Learn what a task of ours printed there."""
 
@@ -89,6 +92,8 @@ class Node:
         self.hello: Hello | None = None
         self.load: Load | None = None
         self.error: Exception | None = None  # why the last dial failed
+        self.began_at = time.monotonic()  # since when it is not up, though it should be
+        self.is_told = False  # the user was told that it takes no part
         self.problem = ""  # why it cannot run our session though it is up
         self.link: Link | None = None
         self._resolve, self._dispatcher, self._credentials, self._store = resolve, dispatcher, credentials, store
@@ -171,6 +176,14 @@ class Node:
         if self._has_left:
             link.close("not needed any more")
             return
+        twin = self._owner.twin_of(self, hello.incarnation)
+        if twin is not None:
+            # The agent took this link for a newer one of the same client and closed the twin's, which will dial again.
+            self.error = DistexecError(f"this is {hello.name!r}, in use already as {twin.address}; name a node once")
+            self._has_left = True
+            link.close("this node is in use already under another address")
+            self._set(NodeState.REFUSED)
+            return
         if self._is_known and self.hello is not None and self.hello.incarnation != hello.incarnation:
             self._lose("it came back as a new process; what it ran before is gone")
         self.hello, self.link, self.error, self.problem = hello, link, None, ""
@@ -178,6 +191,7 @@ class Node:
         self._opened_at = time.monotonic()
         self._has_said_bye = False
         self._transfers = Transfers(link, self._store, self._loop.call_later)
+        self.is_told = False
         self._set(NodeState.UP)
         self._is_known = True
         self._dispatcher.call(lambda now: self._dispatcher.scheduler.node_joined(self, hello.name, NODE_AHEAD_S))
@@ -230,6 +244,7 @@ class Node:
 
     def _lose(self, reason: str) -> None:
         self._is_known = False
+        self.began_at = time.monotonic()
         evidence = Evidence(self.name, reason=f"node {self.name!r}: {reason}")
         self._dispatcher.call(lambda now: self._dispatcher.scheduler.node_lost(self, evidence, now))
         if self.state is NodeState.SUSPENDED:

@@ -511,8 +511,15 @@ def _at_exit() -> None:
             root.kill_all()
         else:
             root.begin_shutdown()
-    for root in roots:
-        root.wait_closed()
+    try:
+        for root in roots:
+            root.wait_closed()
+    except KeyboardInterrupt:
+        for root in roots:
+            root.kill_all()
+        for root in roots:
+            root.wait_closed()
+        raise
 
 
 # The standard executors register here too: it runs before non-daemon threads are joined, while threads can still start.

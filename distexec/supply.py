@@ -84,6 +84,7 @@ class Supply:
         self._node_timeout_s, self._nodes_timeout_s = node_timeout_s, nodes_timeout_s
         self._starved_since: float | None = None
         self._next_warning_at = 0.0
+        self._seen_done = 0  # tasks that had ended when it was last looked
 
     def start(self) -> None:
         """Begin to look whether work waits in vain."""
@@ -188,11 +189,13 @@ class Supply:
             return
         self._root.loop.call_later(CHECK_S, self._check)
         now = time.monotonic()
+        self._tell_missing(now)
         with self._root.dispatcher.lock:
             waits = self._root.session.queued() > 0
             slots = sum(lane.slots for lane in self._root.session.lanes.values()) + self._root.session.starting
-        if not waits or slots:
-            self._starved_since = None
+        done = sum(self._root.done.values())
+        if not waits or slots or done != self._seen_done:
+            self._starved_since, self._seen_done = None, done
             return
         if self._starved_since is None:
             self._starved_since, self._next_warning_at = now, now + STARVED_S - CHECK_S
@@ -205,7 +208,23 @@ class Supply:
                               f"{self.describe_missing()}")
         elif now >= self._next_warning_at:
             self._next_warning_at = now + STARVED_AGAIN_S
-            _log.warning("work is queued but no node offers a slot: %s", self.describe_missing())
+            _log.warning("work is queued but no node offers a slot, still waiting (nodes_timeout= sets a limit): %s",
+                         self.describe_missing())
+
+    def _tell_missing(self, now: float) -> None:
+        """Say once of each node that takes no part, while others do, why: at once if it refuses, else when it is late."""
+        if not self._has_hope():
+            return  # the executor breaks with the reason
+        for node in self.nodes:
+            is_late = node.state in (NodeState.CONNECTING, NodeState.SUSPENDED) and now - node.began_at >= STARVED_S
+            if not node.is_told and node.error is not None and (node.state is NodeState.REFUSED or is_late):
+                node.is_told = True
+                _log.warning("a node takes no part: %s", _why(node))
+
+    def twin_of(self, node: Node, incarnation: bytes) -> Node | None:
+        """Give another node that is the same process, if there is one."""
+        return next((each for each in self.nodes if each is not node and each.hello is not None
+                     and each.hello.incarnation == incarnation), None)
 
     def count_coming(self) -> int:
         """Count the tasks that slots on their way are for: workers being started, nodes not yet heard of."""
@@ -287,7 +306,8 @@ def _why(node: Node) -> str:
         return f"{node.address}: {node.problem}"
     if node.state is NodeState.UP:
         return f"{node.address}: up, but all its slots are taken by other sessions"
-    return f"{node.address}: {node.error or 'no answer yet'}"
+    text = str(node.error or "no answer yet")
+    return text if node.address in text else f"{node.address}: {text}"
 
 
 def lost_error(evidence: Evidence, reason: str, attempts: int) -> WorkerLost:

@@ -67,7 +67,8 @@ def survey(targets: Sequence[tuple[str, Sequence[tuple[Any, ...]]]], secret: Sec
             hello = link.hello
             for message in messages:
                 if isinstance(message, Load) and hello is not None:
-                    answered(Answer(text, "up", hello.name, hello.version, hello.python, hello.platform, message))
+                    problem = "" if hello.python == python else f"programs of this Python {python} cannot use it"
+                    answered(Answer(text, "up", hello.name, hello.version, hello.python, hello.platform, message, problem))
                     link.send([Bye("asked and answered")])
                     link.close()
 

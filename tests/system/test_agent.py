@@ -230,3 +230,27 @@ def test_agent_memory_is_given_back(shared_agent: AgentProcess) -> None:
             return count
 
         assert wait_until(lambda: shared_bytes() < 160 << 20, WAIT_S), shared_bytes()
+
+
+def test_one_agent_under_two_names_is_one_node(shared_agent: AgentProcess, tmp_path: Path,
+                                               caplog: pytest.LogCaptureFixture) -> None:
+    """Named as 127.0.0.1, as localhost and twice → one of them is used, nothing runs twice, and the user is told once."""
+    port = shared_agent.address.rpartition(":")[2]
+    names = [shared_agent.address, f"localhost:{port}", shared_agent.address]
+    with ClusterExecutor(nodes=names, secret=shared_agent.secret, retries=0) as executor:
+        assert list(executor.map(deeds.note_and_return, [str(tmp_path)] * 40, range(40))) == list(range(40))
+        wait_until(lambda: [node.state for node in executor.nodes()].count("refused") == 1)
+        assert sum(node.slots for node in executor.nodes()) == shared_agent.slots
+        wait_until(lambda: "name a node once" in caplog.text)
+    assert sorted(deeds.notes(tmp_path), key=int) == [str(number) for number in range(40)]
+    assert caplog.text.count("name a node once") == 1
+
+
+def test_a_node_that_is_missing_is_named_while_others_work(shared_agent: AgentProcess,
+                                                           caplog: pytest.LogCaptureFixture) -> None:
+    """One good node, one with another secret → the work is done, and one warning says why the other takes no part."""
+    with AgentProcess(slots=1, name="stranger") as stranger:
+        nodes = [shared_agent.address, stranger.address]
+        with ClusterExecutor(nodes=nodes, secret=shared_agent.secret) as executor:
+            assert executor.submit(deeds.double, 4).result(WAIT_S) == 8
+            wait_until(lambda: f"takes no part: {stranger.address}" in caplog.text)
