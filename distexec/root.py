@@ -385,13 +385,15 @@ class Root:
                     value, error = unpack(OutcomeKind.VALUE, message.data, ())
                 else:
                     value, error = self._unpack(task, message)
+                    if error is not None and task.node != LOCAL:
+                        _say_where(error, task.node)
             else:
                 value, error = None, _worker_lost(task, message)  # type: ignore[arg-type]
             if error is not None:
                 self._failed += 1
             done[task.node] = done.get(task.node, 0) + 1
             if task.deaths:
-                self._retried += task.deaths
+                self._retried += task.deaths - (type(message) is Lost)  # the last loss was not followed by another try
             self._end(task, value, error, run_ns)
         if self._is_closing:
             self._close_if_done()
@@ -438,6 +440,8 @@ class Root:
                 self.session.forget(task)
             return tasks
         for task in self.dispatcher.call(take):
+            self._failed += 1
+            self.done[""] = self.done.get("", 0) + 1
             self._end(task, None, NoNodes(text))
         if self._is_closing:
             self._close_if_done()
@@ -484,6 +488,14 @@ def _for_nodes(spec: SessionSpec) -> SessionSpec:
     """Leave out what only this machine's workers should have: the environment of the client."""
     return SessionSpec(spec.path, spec.directory, spec.argv, {}, spec.warnings, spec.authkey, spec.initializer,
                        spec.initializer_buffers, spec.max_tasks_per_child, spec.echo, spec.name, spec.env)
+
+
+def _say_where(error: BaseException, node: str) -> None:
+    """Add to a remote exception the name of the node, which is not in its traceback."""
+    try:
+        error.add_note(f"(raised on node {node!r})")
+    except Exception:
+        pass  # an exception that takes no notes; its future knows the node
 
 
 def _worker_lost(task: Task, message: Lost) -> WorkerLost:
