@@ -33,6 +33,7 @@ ROWS: tuple[tuple[str, str, str, str], ...] = (
     ("crowd", "seconds", "all at once, s", "{:.2f}"),
     ("crowd-x10", "seconds", "ten times as many, s", "{:.2f}"),
     ("crowd-x10", "bytes_per_task", "client bytes per task of these", "{:,.0f}"),
+    ("fleet", "cpu_us_per_task", "client CPU per task, µs", "{:.1f}"),
 )
 
 
@@ -115,6 +116,7 @@ _GATES = tuple(
         ("mixed sleeps makespan / PPE", _ratio("mixed", "makespan_s", "cluster"), 1.05, False),
         ("time of ten times the tasks, local", _growth("cluster"), 11.0, False),
         ("time of ten times the tasks, agent", _growth("cluster-agent"), 11.0, False),
+        ("client CPU a task, 200 agents / 1 agent", _ratio("fleet", "cpu_us_per_task", "200 agents", "1 agent"), 1.3, False),
     ))
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from benchmarks import crowds, measures, sockets
+from benchmarks import crowds, fleet, measures, sockets
 from benchmarks.contenders import CONTENDERS, agent, running
 from benchmarks.measures import Numbers
 
@@ -89,6 +89,8 @@ def experiments(*, quick: bool) -> Sequence[Experiment]:
                    takes_name=True),
         Experiment("crowd-x10", "ten times as many no-ops at once", OURS,
                    partial(crowds.wait_for_all, count=10 * many), 1, takes_name=True),
+        Experiment("fleet", "client CPU a task under 1 and 200 agents that only answer", tuple(fleet.SIZES),
+                   partial(fleet.cost_of_fleet, tasks=60_000 if quick else 200_000), rounds, takes_name=True),
     )
 
 
