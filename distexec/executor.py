@@ -167,7 +167,9 @@ class ClusterExecutor(_Submitter):
         retries: how often a task is run again whose worker or node died while it may have been running.
         node_timeout: seconds after which a node that cannot be reached is given up and its tasks run elsewhere.
         nodes_timeout: seconds that queued work waits without a slot anywhere before it fails with `NoNodes`; None: for ever.
-        max_pending: `submit` blocks while so many tasks are pending.
+            Once the executor is shut down and no node can be reached, it fails so after `node_timeout` in any case.
+        max_pending: `submit` blocks while so many tasks are pending, except in a future's callback, where nobody else could
+            make room.
 
     Raises ValueError or TypeError for arguments that cannot be meant: an address that does not parse or resolve, no secret
     for a remote node, a secret file that others can read, initargs that only inheritance carries beside a remote node.
@@ -217,7 +219,8 @@ class ClusterExecutor(_Submitter):
         """Take no more calls; finish those taken, or cancel the queued ones if `cancel_futures`.
 
         Args:
-            wait: return only when everything has ended and all processes, threads and connections are gone.
+            wait: return only when everything has ended and all processes, threads and connections are gone; without
+                effect in a future's callback, which runs on the thread that has to do it.
         """
         self._root.begin_shutdown(cancel_futures=cancel_futures)
         if wait:

@@ -134,7 +134,7 @@ class Opening:
         try:
             self._speak()
         except ssl.SSLWantReadError:
-            pass
+            pass  # the rest is still under way; `_on_ready` or the deadline goes on from here
         except ssl.SSLZeroReturnError:
             failure = _gone()
         except ssl.SSLError as error:
