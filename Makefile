@@ -11,7 +11,7 @@ VENV := .venv
 endif
 RUN := $(VENV)/bin/python
 
-.PHONY: help test lint demo bench simulation clean
+.PHONY: help test lint demo bench simulation chaos clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -31,6 +31,9 @@ bench: $(VENV)/.for-bench  ## compare with ProcessPoolExecutor and others: table
 
 simulation: $(VENV)/.for-test  ## a long run of the scheduler's simulation, with fresh seeds
 	$(RUN) -m tests.simulation $(ARGS)
+
+chaos: $(VENV)/.for-test  ## storms of faults on several namespaces, as root (MINUTES=60 SEED=1; default: 10, any)
+	$(RUN) -m tests.chaos --minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 clean:  ## remove what these targets made
 	rm -rf .venv .venv-* build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -86,6 +86,20 @@ def _cluster(workers: int) -> Pool:
     return _executor_pool(ClusterExecutor(workers, nodes="local"))
 
 
+def _cluster_durable(workers: int) -> Pool:
+    import shutil
+    import tempfile
+
+    from distexec import ClusterExecutor
+    directory = tempfile.mkdtemp(prefix="distexec-bench-")
+    executor = ClusterExecutor(workers, nodes="local", durable=os.path.join(directory, "run.db"))
+
+    def close() -> None:
+        executor.shutdown()
+        shutil.rmtree(directory)
+    return Pool(executor, close)
+
+
 def _cluster_agent(workers: int) -> Pool:
     from distexec import ClusterExecutor
     executor = ClusterExecutor(nodes=[os.environ[ADDRESS_VARIABLE]], secret=os.environ[SECRET_VARIABLE])
@@ -101,6 +115,7 @@ CONTENDERS: dict[str, Callable[[int], Pool]] = {
     "ppe-fork": lambda workers: _process_pool("fork", workers),  # first: it forks while there are no other threads
     "ppe-forkserver": lambda workers: _process_pool("forkserver", workers),
     "cluster": _cluster,
+    "cluster-durable": _cluster_durable,
     "cluster-agent": _cluster_agent,
     "threads": lambda workers: _executor_pool(ThreadPoolExecutor(workers)),
     "mp.Pool": MultiprocessingPool,
@@ -123,24 +138,29 @@ def running(name: str, workers: int = WORKERS) -> Iterator[Pool]:
         pool.close()
 
 
+def start_agent(slots: int, name: str, secret: str) -> tuple[subprocess.Popen[str], str]:
+    """Start an agent on loopback; give its process and address once it is ready. Raises ChildProcessError if it ends."""
+    program = "import sys; from distexec.cli import agent_main; sys.exit(agent_main())"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, "--listen", "127.0.0.1:0", "--slots", str(slots), "--name", name],
+        stdout=subprocess.PIPE, text=True, env=os.environ | {"DISTEXEC_SECRET": secret})
+    assert process.stdout is not None
+    ready = process.stdout.readline()
+    if not ready:
+        raise ChildProcessError(f"the agent did not start: exit code {process.wait()}")
+    return process, ready.split()[-1]
+
+
 @contextlib.contextmanager
 def agent(slots: int = WORKERS) -> Iterator[None]:
     """Run an agent on loopback for the contender "cluster-agent"; found through two variables, by subprocesses too."""
     secret = secrets.token_hex(32)
-    program = "import sys; from distexec.cli import agent_main; sys.exit(agent_main())"
-    process = subprocess.Popen(
-        [sys.executable, "-c", program, "--listen", "127.0.0.1:0", "--slots", str(slots), "--name", "bench"],
-        stdout=subprocess.PIPE, text=True, env=os.environ | {"DISTEXEC_SECRET": secret})
-    assert process.stdout is not None
+    process, address = start_agent(slots, "bench", secret)
     try:
-        ready = process.stdout.readline()
-        if not ready:
-            raise ChildProcessError(f"the agent did not start: exit code {process.wait()}")
-        os.environ[ADDRESS_VARIABLE], os.environ[SECRET_VARIABLE] = ready.split()[-1], secret
+        os.environ[ADDRESS_VARIABLE], os.environ[SECRET_VARIABLE] = address, secret
         yield
     finally:
         process.terminate()
-        process.wait()
-        process.stdout.close()
+        process.communicate()
         for name in (ADDRESS_VARIABLE, SECRET_VARIABLE):
             os.environ.pop(name, None)

@@ -34,6 +34,9 @@ ROWS: tuple[tuple[str, str, str, str], ...] = (
     ("crowd-x10", "seconds", "ten times as many, s", "{:.2f}"),
     ("crowd-x10", "bytes_per_task", "client bytes per task of these", "{:,.0f}"),
     ("fleet", "cpu_us_per_task", "client CPU per task, µs", "{:.1f}"),
+    ("recovery", "worker_s", "runs again after its worker died, s", "{:.3f}"),
+    ("recovery", "agent_s", "runs again after its agent died, s", "{:.3f}"),
+    ("recovery", "silent_beyond_s", "after its node fell silent, s beyond node_timeout", "{:.3f}"),
 )
 
 
@@ -101,6 +104,7 @@ _GATES = tuple(
     (text, needs, value, bound, at_least) for text, (needs, value), bound, at_least in (
         ("local no-op rate / PPE", _ratio("rate", "tasks_per_s", "cluster"), 6.0, True),
         ("local no-op rate / ThreadPoolExecutor", _ratio("rate", "tasks_per_s", "cluster", "threads"), 1.0, True),
+        ("local durable no-op rate / PPE", _ratio("rate", "tasks_per_s", "cluster-durable"), 3.0, True),
         ("local blocking call / PPE", _ratio("call", "p50_us", "cluster"), 0.5, False),
         ("agent no-op rate / PPE", _ratio("rate", "tasks_per_s", "cluster-agent"), 4.0, True),
         ("agent blocking call / PPE", _ratio("call", "p50_us", "cluster-agent"), 1.0, False),
@@ -117,6 +121,11 @@ _GATES = tuple(
         ("time of ten times the tasks, local", _growth("cluster"), 11.0, False),
         ("time of ten times the tasks, agent", _growth("cluster-agent"), 11.0, False),
         ("client CPU a task, 200 agents / 1 agent", _ratio("fleet", "cpu_us_per_task", "200 agents", "1 agent"), 1.3, False),
+        ("s from a local worker's death to its task's next run", _absolute("recovery", "worker_s", "cluster"), 0.5, False),
+        ("s from an agent's worker's death to the same", _absolute("recovery", "worker_s", "cluster-agent"), 0.5, False),
+        ("s from an agent's kill -9 to the same", _absolute("recovery", "agent_s", "cluster-agent"), 1.0, False),
+        ("s from silence to the same, beyond node_timeout", _absolute("recovery", "silent_beyond_s", "cluster-agent"), 1.0,
+         False),
     ))
 
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from benchmarks import crowds, fleet, measures, sockets
+from benchmarks import crowds, fleet, measures, recovery, sockets
 from benchmarks.contenders import CONTENDERS, agent, running
 from benchmarks.measures import Numbers
 
 EVERYONE = tuple(CONTENDERS)
-PROCESSES = tuple(name for name in EVERYONE if name != "threads")
+PROCESSES = tuple(name for name in EVERYONE if name not in ("threads", "cluster-durable"))
 OURS = ("cluster", "cluster-agent")
 
 
@@ -91,6 +91,7 @@ def experiments(*, quick: bool) -> Sequence[Experiment]:
                    partial(crowds.wait_for_all, count=10 * many), 1, takes_name=True),
         Experiment("fleet", "client CPU a task under 1 and 200 agents that only answer", tuple(fleet.SIZES),
                    partial(fleet.cost_of_fleet, tasks=60_000 if quick else 200_000), rounds, takes_name=True),
+        Experiment("recovery", "a task runs again after what ran it died", OURS, recovery.recovery, rounds, takes_name=True),
     )
 
 

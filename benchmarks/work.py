@@ -26,6 +26,14 @@ def hold(path: str) -> int:
     return os.getpid()
 
 
+def note_begin(directory: str) -> None:
+    """Note this process and the time, and occupy a worker until there is a file `go`."""
+    with open(Path(directory, "begins"), "a", encoding="ascii") as log:
+        log.write(f"{os.getpid()} {time.monotonic()}\n")
+    while Path(directory).exists() and not Path(directory, "go").exists():
+        time.sleep(0.005)
+
+
 def first_byte(array: Any) -> int:
     """Take a large argument."""
     return int(array[0])

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         DistexecError,
         IncompatibleNode,
         InitializerFailed,
+        JournalError,
         NoNodes,
         PayloadError,
         ProtocolError,
@@ -33,16 +34,16 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AuthenticationFailed", "ClusterExecutor", "ClusterFuture", "ClusterStatus", "DistexecError", "IncompatibleNode",
-    "InitializerFailed", "NoNodes", "NodeSpec", "NodeStatus", "PayloadError", "ProtocolError", "RemoteError", "TaskKilled",
-    "TaskTimeout", "Timing", "WorkerLost", "__version__",
+    "InitializerFailed", "JournalError", "NoNodes", "NodeSpec", "NodeStatus", "PayloadError", "ProtocolError", "RemoteError",
+    "TaskKilled", "TaskTimeout", "Timing", "WorkerLost", "__version__",
 ]
 
 _HOMES = {
     "executor": ("ClusterExecutor", "NodeSpec"),
     "future": ("ClusterFuture", "Timing"),
     "report": ("ClusterStatus", "NodeStatus"),
-    "errors": ("AuthenticationFailed", "DistexecError", "IncompatibleNode", "InitializerFailed", "NoNodes", "PayloadError",
-               "ProtocolError", "RemoteError", "TaskKilled", "TaskTimeout", "WorkerLost"),
+    "errors": ("AuthenticationFailed", "DistexecError", "IncompatibleNode", "InitializerFailed", "JournalError", "NoNodes",
+               "PayloadError", "ProtocolError", "RemoteError", "TaskKilled", "TaskTimeout", "WorkerLost"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -23,6 +23,7 @@ from .secretfile import create_secret, load_secret, read_secret, secret_path
 
 if TYPE_CHECKING:
     from .auth import Secret
+    from .memorywatch import MemoryLimit
 
 DRAIN_S = 60.0
 """How long a stopping agent lets running tasks go on, unless told otherwise."""
@@ -77,6 +78,9 @@ def _agent_parser() -> argparse.ArgumentParser:
     parser.add_argument("--spool", metavar="DIR", help="directory for sessions' files (default: the temporary directory)")
     parser.add_argument("--drain", type=float, default=DRAIN_S, metavar="SECONDS",
                         help="how long SIGTERM lets running tasks go on (default: %(default)g)")
+    parser.add_argument("--memory-limit", metavar="SIZE",
+                        help="kill a worker that uses more together with the processes its task started, like 2G or 500M; "
+                        "the task is told how much it was (default: $DISTEXEC_MEMORY_LIMIT, else no limit)")
     parser.add_argument("--once", action="store_true", help="stop when the first client that came has gone")
     parser.add_argument("--log-level", default="warning", choices=("debug", "info", "warning", "error"))
     parser.add_argument("--version", action="version", version=f"distexec {__version__}")
@@ -87,6 +91,7 @@ def _run_agent(options: argparse.Namespace) -> int:
     from .executor import usable_cpus
     from .nodeagent import Agent
     from .spool import spool
+    from .starters import reap_orphans
     logging.basicConfig(level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
     slots = _slots(options.slots, usable_cpus())
     if not options.drain >= 0:
@@ -96,9 +101,10 @@ def _run_agent(options: argparse.Namespace) -> int:
     secret = _agent_secret(options.secret_file)
     os.environ.pop("DISTEXEC_SECRET", None)  # no process started from here may find it
     addresses = [parse_address(text, lowest_port=0) for text in options.listen or ["0.0.0.0", "[::]"]]
+    reap_orphans()
     stop = threading.Event()
     with spool(_spool_parent(options.spool)) as directory:
-        agent = Agent(secret, slots, options.name, directory, on_drained=stop.set)
+        agent = Agent(secret, slots, options.name, directory, stop.set, _memory_limit(options.memory_limit))
         try:
             _start(agent, addresses, is_default=not options.listen)
             _serve(agent, options, stop)
@@ -155,6 +161,16 @@ def _slots(wanted: int | None, cpus: int) -> int:
     return slots
 
 
+def _memory_limit(text: str | None) -> MemoryLimit | None:
+    from .memorywatch import MemoryLimit, environ_limit, parse_size
+    if text is None:
+        return environ_limit()
+    try:
+        return MemoryLimit(parse_size(text), "distexec-agent --memory-limit")
+    except ValueError as error:
+        raise UsageError(f"--memory-limit: {error}") from None
+
+
 def _agent_secret(file: str | None) -> Secret:
     try:
         secret = load_secret(None, file)
@@ -197,7 +213,30 @@ def _parser() -> argparse.ArgumentParser:
     nodes.add_argument("--secret-file", metavar="FILE")
     nodes.add_argument("--timeout", type=float, default=5.0, metavar="SECONDS")
     nodes.set_defaults(run=_nodes)
+    _add_session_commands(commands)
     return parser
+
+
+def _add_session_commands(commands: Any) -> None:
+    sessions = commands.add_parser("sessions", help="ask nodes which sessions they hold, and how long without their clients")
+    sessions.add_argument("nodes", nargs="*", metavar="HOST[:PORT]", help="default: $DISTEXEC_NODES, else localhost")
+    sessions.set_defaults(run=_sessions)
+    recover = commands.add_parser("recover", help="go on with a durable session from its journal, until all its calls have "
+                                  "ended; Ctrl-C leaves it as it is then")
+    recover.add_argument("journal", metavar="JOURNAL", help="the file that durable= named")
+    recover.add_argument("--show", action="store_true", help="only say what the journal holds")
+    recover.add_argument("--list", action="store_true", help="only list its calls")
+    recover.add_argument("--fetch", action="store_true", help="fetch what nodes hold, wait for what they run, send no more")
+    recover.add_argument("--node", action="append", metavar="HOST[:PORT]", help="run the rest on this node; may be repeated "
+                         "(default: the nodes that the program used)")
+    recover.set_defaults(run=_recover)
+    drop = commands.add_parser("drop", help="have nodes end a durable session and forget what they hold; its journal stays")
+    drop.add_argument("journal", metavar="JOURNAL", help="its token is needed")
+    drop.set_defaults(run=_drop)
+    for command in (sessions, recover, drop):
+        command.add_argument("--secret-file", metavar="FILE")
+    for command in (sessions, drop):
+        command.add_argument("--timeout", type=float, default=5.0, metavar="SECONDS")
 
 
 def _secret_new(options: argparse.Namespace) -> int:
@@ -222,6 +261,43 @@ def _secret_show(options: argparse.Namespace) -> int:
 
 def _nodes(options: argparse.Namespace) -> int:
     from .survey import survey
+    rows = survey(*_targets(options), options.timeout)
+    print(rows)
+    return 0 if all(row.state == "up" for row in rows.nodes) else 1
+
+
+def _sessions(options: argparse.Namespace) -> int:
+    from .sessions import sessions_table
+    from .survey import ask_sessions
+    answers = ask_sessions(*_targets(options), options.timeout)
+    print(sessions_table(answers))
+    return 1 if any(isinstance(answer, str) for answer in answers.values()) else 0
+
+
+def _recover(options: argparse.Namespace) -> int:
+    from .reopening import calls_table, go_on, summary
+    if options.list:
+        print(calls_table(options.journal))
+        return 0
+    before = summary(options.journal)
+    print(before, flush=True)
+    if options.show or not before.unfinished:
+        return 0 if before.is_good else 1
+    after = go_on(options.journal, sends=not options.fetch, secret=load_secret(None, options.secret_file),
+                  nodes=options.node)
+    print(after)
+    return 0 if after.is_good else 1
+
+
+def _drop(options: argparse.Namespace) -> int:
+    from .reopening import drop
+    lines, is_complete = drop(options.journal, load_secret(None, options.secret_file), options.timeout)
+    print("\n".join(lines))
+    return 0 if is_complete else 1
+
+
+def _targets(options: argparse.Namespace) -> tuple[list[tuple[str, Any]], Secret]:
+    """Give the nodes that were named, resolved, and the secret they want."""
     if not options.timeout > 0:
         raise UsageError(f"--timeout must be more than 0 seconds, not {options.timeout:g}")
     addresses = options.nodes or [part.strip() for part in os.environ.get("DISTEXEC_NODES", "localhost").split(",")]
@@ -229,7 +305,4 @@ def _nodes(options: argparse.Namespace) -> int:
     if secret is None:
         raise UsageError(f"nodes answer only who proves the secret, and there is none here: set $DISTEXEC_SECRET or put it "
                          f"into {secret_path()}")
-    targets = [(text, resolve(parse_address(text))) for text in addresses if text and text != "local"]
-    rows = survey(targets, secret, options.timeout)
-    print(rows)
-    return 0 if all(row.state == "up" for row in rows.nodes) else 1
+    return [(text, resolve(parse_address(text))) for text in addresses if text and text != "local"], secret

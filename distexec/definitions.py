@@ -36,6 +36,12 @@ _UNBOUND = object()
 _versions = itertools.count(1)  # of all sessions, so that none can be mistaken for an older one
 
 
+def begin_life(life: int) -> None:
+    """Go on with a session whose workers may know definitions of `life` earlier lives of its client."""
+    global _versions
+    _versions = itertools.count(max(next(_versions), mainmodule.VERSIONS_PER_LIFE * life + 1))
+
+
 @dataclass(slots=True)
 class _Global:
     """One global of the client's `__main__` as it was last looked at."""

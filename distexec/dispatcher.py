@@ -27,6 +27,10 @@ TICK_S = 0.005
 HOUSEKEEPING_S = 0.5
 """How often slow limits (silent nodes, orphaned sessions, pauses) are looked at."""
 
+STALL_S = 1.0
+"""A timer later than this means that this process stood still, and what it did not hear meanwhile is nobody's silence.
+Smaller: a busy machine waits longer for what is dead. Larger: who comes back from a debugger gives up what lives."""
+
 REVOKE_SETTLE_S = 0.010
 """How long after a revocation the worker page is read: far longer than any store buffer takes to drain (DESIGN §7)."""
 
@@ -46,7 +50,7 @@ _log = logging.getLogger("distexec")
 class PeerPort(Protocol):
     """What the dispatcher needs of the other end of a link: a worker, a node, or an upstream."""
 
-    def queue(self, messages: list[Any]) -> object:
+    def queue(self, messages: Sequence[Any]) -> object:
         """Put messages in line; cheap, called with the dispatcher's lock held."""
 
     def flush(self) -> object:
@@ -97,6 +101,7 @@ class Dispatcher:
         self._is_ticking = False
         self._is_closed = False
         self._submitted_at = 0.0
+        self._passed_at = 0.0  # I/O thread
         self._late: dict[PeerPort, None] = {}  # ports with nothing but acknowledgements in line
         self._burst: dict[PeerPort, None] = {}  # ports with something in line that the I/O thread is to flush
 
@@ -105,6 +110,7 @@ class Dispatcher:
 
     def start(self) -> None:
         """Begin housekeeping."""
+        self._passed_at = time.monotonic()
         self.loop.call_later(HOUSEKEEPING_S, self._keep_house)
 
     def close(self) -> None:
@@ -134,14 +140,16 @@ class Dispatcher:
             if definition.fn not in session.code:
                 scheduler.define(session, definition)
             scheduler.submit(session, task)
-            if not scheduler.has_news:
+            out = scheduler.take()
+            has_more = scheduler.has_news
+            if not out and not has_more:
                 return True
             now = time.monotonic()
             is_burst = now - self._submitted_at < BURST_S
             self._submitted_at = now
             # One task handed to a free slot: nothing else can be due, and its way should be short.
-            is_plain = scheduler.only_speaks and not session.limited
-            ports = self._post()
+            is_plain = len(out) == 1 and not has_more and not session.limited
+            ports = self._put_in_line(out) if out else ()
             rest = None if is_plain else self._rest()
             if rest is not None:
                 self.loop.call_soon(self._carry_out, *rest)  # here and not below, where Ctrl-C could come between
@@ -184,8 +192,8 @@ class Dispatcher:
         scheduler = self.scheduler
         with self.lock:
             scheduler.receive(peer, messages, time.monotonic())
-            ports = self._post()
-            ended = scheduler.take_ended()
+            out, ended = scheduler.take(), scheduler.take_ended()
+            ports = self._put_in_line(out) if out else ()
         for port in ports:
             port.flush()
         if ended and self._on_ended is not None:
@@ -195,15 +203,16 @@ class Dispatcher:
         if rest is not None:
             self._carry_out(*rest)
 
-    def _post(self) -> list[PeerPort]:
+    def _post(self) -> Sequence[PeerPort]:
         """Queue what the scheduler said with its peers, in order; give those that need a flush. With the lock held."""
         out = self.scheduler.take()
-        if not out:
-            return []
+        return self._put_in_line(out) if out else ()
+
+    def _put_in_line(self, out: list[tuple[Any, Message]]) -> Sequence[PeerPort]:
         if len(out) == 1:
-            port: Any = out[0][0]
-            self._queue(port, [out[0][1]])
-            return [port] if type(out[0][1]) is not Ack else self._flush_later(port)
+            port, message = out[0]
+            self._queue(port, (message,))
+            return (port,) if type(message) is not Ack else self._flush_later(port)
         batches: dict[Any, list[Message]] = {}
         for peer, message in out:
             batch = batches.get(peer)
@@ -215,7 +224,7 @@ class Dispatcher:
             self._queue(peer, batch)
         return list(batches)
 
-    def _queue(self, port: Any, batch: list[Message]) -> None:
+    def _queue(self, port: Any, batch: Sequence[Message]) -> None:
         """Put messages in line. A worker that cannot be told (no descriptor left to lend it) is ended: its tasks move on."""
         try:
             port.queue(batch)
@@ -225,12 +234,12 @@ class Dispatcher:
                 action = KillWorker(port, f"its tasks could not be handed to it: {type(error).__name__}: {error}")
                 self.loop.call_soon(self._end_worker, action)
 
-    def _flush_later(self, port: PeerPort) -> list[PeerPort]:
+    def _flush_later(self, port: PeerPort) -> Sequence[PeerPort]:
         """Let an acknowledgement wait for something to go along with: it would wake the other end for nothing."""
         if not self._late:
             self.loop.call_later(ACK_S, self._flush_late)
         self._late[port] = None
-        return []
+        return ()
 
     def _flush_late(self) -> None:
         with self.lock:
@@ -308,6 +317,9 @@ class Dispatcher:
     def _pass_time(self) -> None:
         if self._is_closed:
             return
+        passed_at, self._passed_at = self._passed_at, time.monotonic()
+        if self._passed_at - passed_at > HOUSEKEEPING_S + STALL_S:
+            self.call(self.scheduler.stood_still)
         with self.lock:
             watched: list[tuple[Session, Any]] = self.scheduler.watched()
         now_ns = time.monotonic_ns()

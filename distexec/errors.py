@@ -6,13 +6,14 @@ Where the standard library has an exception for the same event, ours derives fro
 
 from __future__ import annotations
 
+import copy as _copy
 import signal as _signal
 from concurrent.futures import BrokenExecutor
 from concurrent.futures.process import BrokenProcessPool
 
 __all__ = [
-    "AuthenticationFailed", "DistexecError", "IncompatibleNode", "InitializerFailed", "NoNodes", "PayloadError",
-    "ProtocolError", "RemoteError", "TaskKilled", "TaskTimeout", "WorkerLost",
+    "AuthenticationFailed", "DistexecError", "IncompatibleNode", "InitializerFailed", "JournalError", "NoNodes",
+    "PayloadError", "ProtocolError", "RemoteError", "TaskKilled", "TaskTimeout", "WorkerLost",
 ]
 
 
@@ -100,5 +101,27 @@ class ProtocolError(DistexecError):
     """The other end said something that is not in the protocol, or too large; the link was closed."""
 
 
+class JournalError(DistexecError, BrokenExecutor):
+    """The journal of a durable session cannot be opened or written; what was recorded before is not touched."""
+
+
 class RemoteError(DistexecError):
     """Stands in for a remote exception that could not be pickled; its text and remote traceback are kept."""
+
+
+def say_where(error: BaseException, node: str) -> None:
+    """Add to a remote exception the name of the node, which is not in its traceback."""
+    try:
+        error.add_note(f"(raised on node {node!r})")
+    except Exception:
+        pass  # an exception that takes no notes; its future knows the node
+
+
+def raisable(error: BaseException) -> BaseException:
+    """Make a fresh exception of the same kind, so that tracebacks do not pile up on one object."""
+    try:
+        fresh = _copy.copy(error)
+    except TypeError:
+        return error
+    fresh.__cause__ = error.__cause__
+    return fresh

@@ -7,7 +7,7 @@ back. Rule: what ProcessPoolExecutor accepts is accepted and means the same.
 from __future__ import annotations
 
 import itertools
-import multiprocessing
+import logging
 import os
 import secrets
 import sys
@@ -15,6 +15,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
+from contextlib import ExitStack
 from functools import partial
 from multiprocessing.context import BaseContext
 from numbers import Integral, Real
@@ -25,19 +26,23 @@ from .address import parse_address, resolve
 from .errors import WorkerLost
 from .future import ClusterFuture
 from .mapping import Submissions, run_chunk
-from .messages import MAX_INLINE_BYTES, Options, SessionSpec
+from .messages import Options
 from .payload import CallPacker
+from .poolplan import PoolPlan
 from .report import ClusterStatus, NodeStatus
-from .root import Root
+from .root import Root, for_nodes
 from .supply import LOCAL
 
 if TYPE_CHECKING:
+    from .durable import Recovered
     from .handshake import Credentials
-    from .pool import Pool
+    from .journal import NodeRow
 
 __all__ = ["ClusterExecutor", "NodeSpec"]
 
 T = TypeVar("T")
+
+_log = logging.getLogger("distexec")
 
 
 class NodeSpec(NamedTuple):
@@ -47,6 +52,13 @@ class NodeSpec(NamedTuple):
     slots: int | None = None
 
 
+class Reopening(NamedTuple):
+    """How a journal is gone on with by another program than its own."""
+
+    packer: CallPacker
+    asks_all: bool = True  # send what no node has
+
+
 class TaskOptions(NamedTuple):
     """What `options()` sets for the calls made through its view."""
 
@@ -54,6 +66,7 @@ class TaskOptions(NamedTuple):
     timeout_s: float | None = None
     priority: int = 0
     node: str = ""
+    key: str | None = None
 
     def for_task(self, retries: int) -> Options | None:
         """Give the part that travels with the task; None if there is nothing to say."""
@@ -80,7 +93,7 @@ class _Submitter(Executor):
             retries = root.retries
         options = self._options
         travels = None if options is _DEFAULT and retries else options.for_task(retries)
-        return root.submit(fn, args, kwargs, travels, retries)
+        return root.submit(fn, args, kwargs, travels, retries, options.key)
 
     def map(self, fn: Callable[..., T], *iterables: Iterable[Any], timeout: float | None = None, chunksize: int = 1,
             buffersize: int | None = None, ordered: bool = True) -> Iterator[T]:
@@ -101,19 +114,23 @@ class _Submitter(Executor):
             raise TypeError("buffersize must be an integer or None")
         if buffersize is not None and buffersize < 1:
             raise ValueError("buffersize must be None or > 0")
+        if self._options.key is not None:
+            raise ValueError(f"key={self._options.key!r} names one call, and map() makes many; leave it out")
         deadline = None if timeout is None else time.monotonic() + timeout
         items: Iterator[tuple[Any, ...]] = zip(*iterables)  # noqa: B905 - as PPE: the shortest decides
         retries = self._root.retries if self._options.retries is None else self._options.retries
         travels = self._options.for_task(retries)
+        survives = self._root.recorder is not None
         if chunksize > 1 and travels is None:
             size = chunksize if buffersize is None else min(chunksize, max(1, buffersize // 2))
             chunks = iter(lambda: tuple(itertools.islice(items, size)), ())
             once = partial(_submit_calls, weakref.ref(self), self._root, run_chunk, Options(solo=True), 0)
             again = partial(_submit_calls, weakref.ref(self), self._root, fn, None, retries)
             ahead = None if buffersize is None else buffersize // size
-            return Submissions(once, ((fn, chunk) for chunk in chunks), ahead).chunk_results(deadline, ordered, again)
+            calls = Submissions(once, ((fn, chunk) for chunk in chunks), ahead, survives=survives)
+            return calls.chunk_results(deadline, ordered, again)
         submit = partial(_submit_calls, weakref.ref(self), self._root, fn, travels, retries)
-        return Submissions(submit, items, buffersize).results(deadline, ordered)
+        return Submissions(submit, items, buffersize, survives=survives).results(deadline, ordered)
 
 
 def _submit_calls(owner: weakref.ref[_Submitter], root: Root, fn: Callable[..., Any], options: Options | None,
@@ -170,48 +187,111 @@ class ClusterExecutor(_Submitter):
             Once the executor is shut down and no node can be reached, it fails so after `node_timeout` in any case.
         max_pending: `submit` blocks while so many tasks are pending, except in a future's callback, where nobody else could
             make room.
+        durable: path of a journal, made if there is none. What is submitted and what comes of it is recorded there before
+            anything else happens; when this process dies, nodes go on with what they have, and the same program run again
+            with the same journal, or `ClusterExecutor.recover(path)`, gets the outcomes: nothing that has ended runs again.
+            A power failure may take the last moments from the journal.
+        linger: seconds that nodes keep a durable session whose client is away; None: a day.
 
     Raises ValueError or TypeError for arguments that cannot be meant: an address that does not parse or resolve, no secret
     for a remote node, a secret file that others can read, initargs that only inheritance carries beside a remote node.
     """
+
+    _reopens: Reopening | None = None  # made by `recover`: the journal says what is not given
 
     def __init__(self, max_workers: int | None = None, mp_context: BaseContext | None = None,
                  initializer: Callable[..., object] | None = None, initargs: tuple[Any, ...] = (), *,
                  max_tasks_per_child: int | None = None, nodes: str | Sequence[str | NodeSpec] | None = None,
                  secret: str | bytes | None = None, cluster: str = "default", name: str | None = None,
                  env: Mapping[str, str] | None = None, echo: bool = True, retries: int = 3, node_timeout: float = 15.0,
-                 nodes_timeout: float | None = None, max_pending: int | None = None) -> None:
+                 nodes_timeout: float | None = None, max_pending: int | None = None,
+                 durable: str | os.PathLike[str] | None = None, linger: float | None = None) -> None:
         _check_numbers(max_workers, retries, node_timeout, nodes_timeout, max_pending)
+        _check_linger(durable, linger)
         _check_child_limit(max_tasks_per_child, mp_context)
         _check_env(env)
         if initializer is not None and not callable(initializer):
             raise TypeError("initializer must be a callable")
-        specs = _node_specs(nodes)
-        self._options = _DEFAULT
-        self._name = name or f"{os.path.basename(sys.argv[0]) or 'python'}-{os.getpid()}"
-        is_local = any(spec.address == LOCAL for spec in specs)
-        remote = [spec for spec in specs if spec.address != LOCAL]
-        credentials = _credentials(secret, self._name, required=bool(remote))
-        targets = [(spec, partial(resolve, parse_address(spec.address))) for spec in remote]
-        for _, resolve_now in targets:
-            resolve_now()
-        slots = _local_slots(specs, None if remote else max_workers) if is_local else 0
-        listed = self._name if cluster == "default" else f"{cluster}/{self._name}"
-        packer = CallPacker()
-        plan = _PoolPlan(packer, mp_context, initializer, initargs, is_remote_too=bool(remote))
-        self._root = Root(
-            name=self._name, packer=packer, spec=plan.spec(env, max_tasks_per_child or 0, echo, listed), slots=slots,
-            ceiling=int(max_workers or 0) if remote else 0, retries=retries, node_timeout_s=float(node_timeout),
-            nodes_timeout_s=nodes_timeout, max_pending=max_pending,
-            make_pool=plan.make_pool if is_local else None)
-        self._root.supply.credentials = credentials
-        self._secret = secret
-        # Kept by the root: of a weak reference that is garbage together with its object, the callback is not called.
-        self._root.owner = weakref.ref(self, _dropper(self._root))
-        for spec, resolve_now in targets:
-            self._root.supply.add_node(spec.address, resolve_now, spec.slots)
-        if remote:
-            self._root.start()
+        with ExitStack() as undo:
+            journal, rows = None, []
+            if durable is not None:
+                from .journal import Journal
+                journal = Journal(durable, must_exist=self._reopens is not None)
+                undo.callback(journal.close)
+                rows = journal.nodes()
+            if self._reopens is not None and nodes is None and rows:
+                nodes = [NodeSpec(row.address, None if row.address == LOCAL and max_workers is not None else row.slots)
+                         for row in rows]
+            specs = _node_specs(nodes)
+            self._options = _DEFAULT
+            self._name = name or f"{os.path.basename(sys.argv[0]) or 'python'}-{os.getpid()}"
+            is_local = any(spec.address == LOCAL for spec in specs)
+            remote = [spec for spec in specs if spec.address != LOCAL]
+            credentials = _credentials(secret, self._name, required=bool(remote))
+            targets = [(spec, partial(resolve, parse_address(spec.address))) for spec in remote]
+            for _, resolve_now in targets:
+                resolve_now()
+            slots = _local_slots(specs, None if remote else max_workers) if is_local else 0
+            listed = self._name if cluster == "default" else f"{cluster}/{self._name}"
+            packer = CallPacker() if self._reopens is None else self._reopens.packer
+            plan = PoolPlan(packer, mp_context, initializer, initargs, is_remote_too=bool(remote))
+            spec = plan.spec(env, max_tasks_per_child or 0, echo, listed)
+            identity = None
+            if journal is not None:
+                from .durable import LINGER_S, begin_life, recorded_spec
+                linger = LINGER_S if linger is None else float(linger)
+                identity = begin_life(journal, for_nodes(spec), listed)
+                spec = recorded_spec(journal, spec) if self._reopens is not None else spec
+            self._root = root = Root(
+                name=self._name, packer=packer, spec=spec, slots=slots, ceiling=int(max_workers or 0) if remote else 0,
+                retries=retries, node_timeout_s=float(node_timeout), nodes_timeout_s=nodes_timeout, max_pending=max_pending,
+                make_pool=plan.make_pool if is_local else None, journal=journal, identity=identity,
+                linger_s=linger or 0.0, asks_all=self._reopens is not None and self._reopens.asks_all)
+            root.supply.credentials = credentials
+            self._secret = secret
+            # Kept by the root: of a weak reference that is garbage together with its object, the callback is not called.
+            root.owner = weakref.ref(self, _dropper(root))
+            if root.recorder is not None:
+                root.recorder.use_nodes([(spec.address, spec.slots if spec.address != LOCAL else slots) for spec in specs])
+                left = _left_behind(rows, specs)
+                if left and root.supply.credentials is None:
+                    try:
+                        root.supply.credentials = _credentials(secret, self._name, required=True)
+                    except ValueError as error:
+                        _log.warning("distexec: nodes of the journal are not asked what they hold: %s", error)
+                        left = []
+                targets += left
+            held = {row.address for row in rows if row.may_hold}
+            nodes_before = [node for spec, resolve_now in targets for node in [
+                root.supply.add_node(spec.address, resolve_now, spec.slots, may_hold=spec.address in held)]
+                if spec.address in held]
+            if root.recorder is not None:
+                root.recorder.take_up(nodes_before)
+            undo.pop_all()
+        if targets or self._reopens is not None:
+            root.start()
+
+    @classmethod
+    def recover(cls, path: str | os.PathLike[str], **arguments: Any) -> Recovered:
+        """Go on with the durable session whose journal is at `path`: gives the futures of all its calls.
+
+        They are a sequence in the order of submission, `by_key` finds those named with `options(key=)`, and the whole is a
+        context manager that shuts its `executor` down. What has ended is done at once, what nodes hold when it ends, and the
+        rest is sent. `arguments` are the constructor's; nodes, and how workers are prepared, are as recorded unless given.
+
+        Raises JournalError if there is no such journal, or it cannot be used, and what the constructor raises.
+        """
+        from .durable import Recovered
+        executor = cls._reopened(path, Reopening(CallPacker()), **arguments)
+        assert executor._root.recorder is not None
+        return Recovered(executor, executor._root.recorder.recovered)
+
+    @classmethod
+    def _reopened(cls, path: str | os.PathLike[str], how: Reopening, **arguments: Any) -> ClusterExecutor:
+        executor = cls.__new__(cls)
+        executor._reopens = how
+        executor.__init__(durable=path, **arguments)  # type: ignore[misc]
+        return executor
 
     # ---- the standard interface
 
@@ -227,9 +307,9 @@ class ClusterExecutor(_Submitter):
             self._root.wait_closed()
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, traceback: Any) -> bool | None:
-        """Shut down and wait; after Ctrl-C, without finishing what is queued or running."""
+        """Shut down and wait; after Ctrl-C, end what is queued or running; a durable session is left behind."""
         if kind is not None and issubclass(kind, KeyboardInterrupt):
-            self._root.kill_all()
+            self._root.interrupt()
         self.shutdown(wait=True)
         return None
 
@@ -243,7 +323,7 @@ class ClusterExecutor(_Submitter):
 
     def _end_workers(self, by: str) -> None:
         self._root.begin_shutdown(cancel_futures=True)
-        self._root.break_with(WorkerLost(f"the workers were ended by {by}", node=LOCAL, attempts=0))
+        self._root.break_with(WorkerLost(f"the workers were ended by {by}", attempts=0))
 
     @property
     def _broken(self) -> bool:
@@ -258,7 +338,7 @@ class ClusterExecutor(_Submitter):
     # ---- more than the standard interface
 
     def options(self, *, retries: int | None = None, timeout: float | None = None, priority: int = 0,
-                node: str = "") -> _View:
+                node: str = "", key: str | None = None) -> _View:
         """Return an Executor view of the same cluster whose calls have these options.
 
         Args:
@@ -266,10 +346,12 @@ class ClusterExecutor(_Submitter):
             timeout: seconds a task may run, per attempt; then it is ended with all it started: `TaskTimeout`.
             priority: higher runs first among this executor's queued tasks.
             node: the name of the only node that may run it; "local" for this machine's workers.
+            key: in a durable session, what the call is found by when the program is run again, whatever the function and its
+                arguments are then. None: it is found by these, and by how many such calls came before it.
 
         Raises ValueError for a negative number of retries or a timeout that is not positive.
         """
-        return _View(self, _changed(_DEFAULT, retries=retries, timeout=timeout, priority=priority, node=node))
+        return _View(self, _changed(_DEFAULT, retries=retries, timeout=timeout, priority=priority, node=node, key=key))
 
     def nodes(self) -> tuple[NodeStatus, ...]:
         """Describe every node, reachable or not."""
@@ -289,6 +371,8 @@ class ClusterExecutor(_Submitter):
         if self._root.supply.credentials is None:
             self._root.supply.credentials = _credentials(self._secret, self._name, required=True)
         self._root.start()
+        if self._root.recorder is not None:
+            self._root.recorder.use_nodes([(spec.address, spec.slots)])
         self._root.supply.add_node(spec.address, resolve_now, spec.slots)
 
     def remove_node(self, name: str, drain: bool = True) -> None:
@@ -366,6 +450,29 @@ def _check_numbers(max_workers: int | None, retries: int, node_timeout: float, n
         raise ValueError(f"max_pending must be None or at least 1, not {max_pending}")
 
 
+def _check_linger(durable: object, linger: float | None) -> None:
+    _check_kind("linger", linger, Real, may_be_none=True)
+    if linger is not None and durable is None:
+        raise ValueError("linger= is for durable sessions: name a journal with durable=")
+    if linger is not None and not 0 <= linger < float("inf"):
+        raise ValueError(f"linger must be 0 or more seconds, not {linger}")
+
+
+def _left_behind(rows: Sequence[NodeRow], specs: Sequence[NodeSpec]) -> list[tuple[NodeSpec, Any]]:
+    """Name nodes that are not used any more but may hold calls of the journal: these are fetched, they get no others."""
+    named = {spec.address for spec in specs} | {LOCAL}
+    left = []
+    for row in rows:
+        if row.may_hold and row.address not in named:
+            try:
+                resolve_now = partial(resolve, parse_address(row.address))
+                resolve_now()
+                left.append((NodeSpec(row.address, 0), resolve_now))
+            except ValueError as error:
+                _log.warning("distexec: node %s of the journal is not asked what it holds: %s", row.address, error)
+    return left
+
+
 def _check_kind(name: str, value: object, kind: type, *, may_be_none: bool = False) -> None:
     if not isinstance(value, kind) and not (may_be_none and value is None):
         wanted = "a whole number" if kind is Integral else "a number" if kind is Real else "a string"
@@ -394,11 +501,12 @@ def _check_child_limit(max_tasks_per_child: int | None, mp_context: BaseContext 
 
 
 def _changed(options: TaskOptions, *, retries: int | None = None, timeout: float | None = None, priority: int | None = None,
-             node: str | None = None) -> TaskOptions:
+             node: str | None = None, key: str | None = None) -> TaskOptions:
     _check_kind("retries", retries, Integral, may_be_none=True)
     _check_kind("timeout", timeout, Real, may_be_none=True)
     _check_kind("priority", priority, Integral, may_be_none=True)
     _check_kind("node", node, str, may_be_none=True)
+    _check_kind("key", key, str, may_be_none=True)
     if retries is not None and retries < 0:
         raise ValueError(f"retries must be 0 or more, not {retries}")
     if timeout is not None and not timeout > 0:
@@ -406,7 +514,8 @@ def _changed(options: TaskOptions, *, retries: int | None = None, timeout: float
     return TaskOptions(options.retries if retries is None else retries,
                        options.timeout_s if timeout is None else float(timeout),
                        options.priority if priority is None else int(priority),
-                       options.node if node is None else node)
+                       options.node if node is None else node,
+                       options.key if key is None else key)
 
 
 def _node_specs(nodes: str | Sequence[str | NodeSpec] | None) -> list[NodeSpec]:
@@ -448,60 +557,3 @@ def _credentials(secret: str | bytes | None, name: str, *, required: bool) -> Cr
                          f"{secret_path()} (`distexec secret new` makes one; it must be the same on every machine)")
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     return Credentials(found, name, secrets.token_bytes(16), python, __version__)
-
-
-class _PoolPlan:
-    """How this session's workers are prepared, here and on nodes."""
-
-    def __init__(self, packer: CallPacker, context: BaseContext | None, initializer: Callable[..., object] | None,
-                 initargs: tuple[Any, ...], *, is_remote_too: bool) -> None:
-        self._packer = packer  # the session's, which keeps account of the globals of __main__ that workers were sent
-        self._context = context
-        self._initializer: tuple[Callable[..., object], tuple[Any, ...]] | None = None
-        self._packed: tuple[bytes, list[memoryview]] = (b"", [])
-        if initializer is None:
-            return
-        self._initializer = (initializer, initargs)
-        if context is None or is_remote_too:
-            self._pack(is_remote_too)
-
-    def _pack(self, is_remote_too: bool) -> None:
-        assert self._initializer is not None
-        try:
-            self._packed = self._packer.pack_call(self._initializer, {})
-        except RuntimeError as error:
-            if "inheritance" not in str(error):
-                raise
-            if is_remote_too:
-                culprit = next((arg for arg in self._initializer[1] if not _can_travel(arg)), self._initializer[1])
-                raise ValueError(f"initargs holds {culprit!r}, which only a child process of this program can inherit; it "
-                                 "cannot reach a remote node. Use a multiprocessing.Manager's proxy instead") from error
-            self._context = multiprocessing.get_context()
-
-    def spec(self, env: Mapping[str, str] | None, max_tasks_per_child: int, echo: bool, name: str) -> SessionSpec:
-        """Describe this process to its workers."""
-        extra = {str(key): str(value) for key, value in (env or {}).items()}
-        environ = {**os.environ, **extra}
-        environ.pop("DISTEXEC_SECRET", None)
-        data, views = self._packed
-        if len(data) > MAX_INLINE_BYTES or any(view.nbytes > MAX_INLINE_BYTES for view in views):
-            raise ValueError("initargs are larger than 1 MiB; pass a path or let the initializer load them")
-        return SessionSpec(
-            path=tuple(sys.path), directory=os.getcwd(), argv=tuple(sys.argv), environ=environ,
-            warnings=tuple(sys.warnoptions), authkey=bytes(multiprocessing.current_process().authkey), initializer=data,
-            initializer_buffers=tuple(bytes(view) for view in views), max_tasks_per_child=max_tasks_per_child, echo=echo,
-            name=name, env=extra)
-
-    def make_pool(self, root: Root) -> Pool:
-        """Make the pool of local workers."""
-        from .pool import Pool
-        return Pool(root.loop, root.spec, root.supply, store=root.store, capture=False, node=LOCAL, context=self._context,
-                    initializer=self._initializer)
-
-
-def _can_travel(value: object) -> bool:
-    try:
-        CallPacker().pack_call((value,), {})
-    except RuntimeError:
-        return False
-    return True

@@ -9,8 +9,8 @@ Pure. Rule: every attempt has one fate, and only the root decides that a task is
 
 from __future__ import annotations
 
-from .ledger import ABANDONED, Lane, Peer, Session, Task
-from .messages import Ack, Evidence, Lost, Outcome, OutcomeKind, SessionFailed
+from .ledger import ABANDONED, Lane, LaneState, Peer, Session, Task
+from .messages import Ack, Evidence, Kill, Lost, Outcome, OutcomeKind, SessionFailed
 from .placement import Placement
 
 
@@ -28,6 +28,20 @@ class Fates:
             self.finish(task, verdict(task, task.doom))
         else:
             self._place.requeue(task)
+
+    def kill(self, task: Task, kind: OutcomeKind = OutcomeKind.KILLED) -> None:
+        """End a task wherever it is: with `kind`, or with its outcome if that is faster."""
+        session, lane = task.session, task.lane
+        if session.tasks.get(task.run.seq) is not task or task.doom is not None:
+            return
+        if lane is None:
+            self.finish(task, verdict(task, kind))
+            return
+        task.doom = kind
+        if lane.is_worker:
+            self._place.revoke(lane, task.order)
+        elif lane.state is not LaneState.SUSPENDED:
+            self._place.out.append((lane.peer, Kill(session.no, task.run.seq, task.run.attempt)))
 
     def finish(self, task: Task, message: Outcome) -> None:
         """A task that is leased to nobody ends here, by our own verdict."""
@@ -72,13 +86,21 @@ class Fates:
         task = session.tasks.get(message.seq)
         if type(message) is Outcome and task is not None and task.queued and task.run.attempt == message.attempt:
             session.forget(task)
-            if session.is_root:
-                self.ended.append((task, message))
-            else:
+            if not session.is_root:
                 self.pass_up(task, message, lane)
                 return
-        if not lane.is_worker:
+            self.ended.append((task, message))
+            if session.is_durable and not lane.is_worker:
+                session.unacked[message.seq] = (message, lane)
+        if self.is_unrecorded(lane, message.seq, message.attempt):
+            session.unacked[message.seq] = (message, lane)  # it will be acknowledged where it was said last
+        elif not lane.is_worker:
             self._place.out.append((lane.peer, Ack(session.no, [message.seq], [message.attempt])))
+
+    def is_unrecorded(self, lane: Lane, seq: int, attempt: int) -> bool:
+        """Say whether this end of a task is here, and is to be acknowledged only when its root has recorded it."""
+        entry = lane.session.unacked.get(seq) if lane.session.is_root else None
+        return entry is not None and entry[0].attempt == attempt
 
     def fail(self, session: Session, peer: Peer | None, failure: SessionFailed) -> None:
         """No more workers of the session can be had here: what runs may end, the rest goes back."""

@@ -171,10 +171,15 @@ class ClusterFuture(Future[T]):
 
     def cancel(self) -> bool:
         """Withdraw the task if it was never handed out; True if it is (or was) withdrawn. See `kill` for the others."""
-        if self._state in (_RUNNING, _FINISHED) or not super().cancel():
+        if self._state in (_RUNNING, _FINISHED):
             return False
+        is_first = self._cancel_unwatched()
+        if not is_first:
+            if not super().cancel():
+                return False
+            is_first = self._notify_cancel()
         task, control = self._task, self._control
-        if self._notify_cancel():
+        if is_first:
             self._finished_at = time.monotonic()
             self._task = None  # it has the arguments
             if task is not None and control is not None:
@@ -201,17 +206,30 @@ class ClusterFuture(Future[T]):
         """Join the future to its task."""
         self._task, self._control, self._task_id = task, control, task.run.seq
 
+    def restore(self, task_id: int, node: str, attempts: int) -> None:
+        """Describe a task of an earlier life of the session, which is recorded."""
+        self._task_id, self._node, self._attempts = task_id, node, attempts
+
     def claim(self) -> bool:
         """Turn RUNNING, for good; False if the user has cancelled."""
         if self._cond is None:
             with _birth:
-                if self._cond is None:  # nobody can be cancelling: that takes the Condition
-                    self._state = _RUNNING
-                    return True
+                if self._cond is None:
+                    if self._state == _PENDING:
+                        self._state = _RUNNING
+                    return self._state == _RUNNING
         with self._condition:
             if self._state == _PENDING:
                 self._state = _RUNNING
             return self._state == _RUNNING
+
+    def _cancel_unwatched(self) -> bool:
+        """Withdraw it if nobody can be waiting or have left a callback: both take the Condition."""
+        with _birth:
+            if self._cond is not None or self._state != _PENDING:
+                return False
+            self._state = _NOTIFIED
+            return True
 
     def _notify_cancel(self) -> bool:
         with self._condition:

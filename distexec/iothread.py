@@ -13,6 +13,7 @@ import contextlib
 import heapq
 import logging
 import os
+import select
 import selectors
 import socket
 import threading
@@ -20,6 +21,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -102,20 +104,23 @@ class IoThread:
         self._calls: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
         self._timers: list[Timer] = []  # I/O thread
         self._timers_limit = 64
-        self._changed: set[int] = set()  # descriptors no longer watched since the selector spoke last; I/O thread
+        self._callbacks: dict[int, Callable[[int], object]] = {}  # by descriptor; I/O thread
+        self._changed: set[int] = set()  # descriptors no longer watched since the poller spoke last; I/O thread
         self._is_woken = False  # a wake-up is under way: saves call_soon the system call
         self._stop_by = 0.0
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._open()
         _threads.add(self)
 
     def _open(self) -> None:
-        self._selector = selectors.DefaultSelector()  # I/O thread
+        # The thread too: in a forked child of Python 3.13 even one that was never started cannot be any more.
+        self._thread = threading.Thread(target=self._run, name=self.name, daemon=True)
+        self._poller: _Epoll | _Selector = _Epoll() if hasattr(select, "epoll") else _Selector()  # I/O thread
+        self._callbacks.clear()
         self._waker_in, self._waker_out = socket.socketpair()
         self._waker_in.setblocking(False)
         self._waker_out.setblocking(False)
-        self._selector.register(self._waker_in, selectors.EVENT_READ, self._on_woken)
+        self.select(self._waker_in, selectors.EVENT_READ, self._on_woken)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name!r}: {len(self.tenants)} tenants>"
@@ -187,39 +192,49 @@ class IoThread:
         """Call `callback(events)` when the descriptor is ready; replaces what was asked for it before. I/O thread."""
         if self._ended.is_set():
             return
-        try:
-            self._selector.modify(fileobj, events, callback)
-        except KeyError:
-            self._selector.register(fileobj, events, callback)
+        fd = _number(fileobj)
+        self._poller.watch(fd, events, is_new=fd not in self._callbacks)
+        self._callbacks[fd] = callback
 
     def unselect(self, fileobj: FileDescriptorLike) -> None:
         """Stop watching the descriptor, if it was watched. I/O thread."""
-        with contextlib.suppress(KeyError, ValueError):  # never watched, or closed before: nothing to undo
-            self._changed.add(self._selector.unregister(fileobj).fd)
+        fd = _number(fileobj)
+        if self._callbacks.pop(fd, None) is not None:  # else it was never watched
+            self._changed.add(fd)
+            self._poller.forget(fd)
 
     def guard(self, fn: Callable[..., object], *args: Any) -> bool:
         """Call `fn(*args)`, log what escapes it, and say whether nothing did."""
         try:
             fn(*args)
         except BaseException:  # SystemExit too: a callback of the user's must not end everybody's I/O
-            _log.exception("distexec: unexpected error on I/O thread %s", self.name)
+            self.log_unexpected()
             return False
         return True
 
+    def log_unexpected(self) -> None:
+        """Log the exception being handled, as one that nobody expected."""
+        _log.exception("distexec: unexpected error on I/O thread %s", self.name)
+
     def _run(self) -> None:
+        poll, callbacks, changed = self._poller.poll, self._callbacks, self._changed
         while not (self.is_stopping and self._is_done()):
             try:
-                ready = self._selector.select(self._timeout_s())
-            except OSError:  # somebody closed descriptors that are not his; without a selector there is nothing to do
+                ready = poll(self._timeout_s())
+            except OSError:  # somebody closed descriptors that are not his; without a poller there is nothing to do
                 _log.critical("distexec: the selector of I/O thread %s is gone", self.name, exc_info=True)
                 break
-            self._changed.clear()
-            for key, events in ready:
-                if key.fd not in self._changed:  # else an earlier callback closed it
-                    self.guard(key.data, events)
+            changed.clear()
+            for fd, events in ready:
+                if fd in changed or fd not in callbacks:
+                    continue  # an earlier callback closed it
+                try:  # as `guard` does; here for speed
+                    callbacks[fd](_EVENTS[events])
+                except BaseException:
+                    self.log_unexpected()
             if self._calls:
                 self._run_calls()
-            if self._timers:
+            if self._timers and self._timers[0].due <= time.monotonic():
                 self._run_timers()
         self._end()
 
@@ -231,8 +246,6 @@ class IoThread:
     def _timeout_s(self) -> float | None:
         if self._calls:
             return 0.0
-        while self._timers and self._timers[0].is_cancelled:
-            heapq.heappop(self._timers)
         return max(0.0, self._timers[0].due - time.monotonic()) if self._timers else None
 
     def _on_woken(self, _events: int) -> None:
@@ -271,20 +284,79 @@ class IoThread:
         for tenant in list(self.tenants):
             self.guard(tenant.finish, STOPPED)
         self._ended.set()
-        self._selector.close()
+        self._poller.close()
         self._waker_in.close()
         self._waker_out.close()
 
     def abandon(self) -> None:
         """Close the descriptors in a forked child, where they would keep connections of the parent open, and do no
         more; a thread that was not started yet may be the child's own."""
-        self._selector.close()
+        self._poller.close()
         self._waker_in.close()
         self._waker_out.close()
         for tenant in self.tenants:
             self.guard(tenant.abandon)
         if not self._thread.ident and not self.is_stopping:
             self._open()
+
+
+_READ, _WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
+_IN, _OUT = 1, 4  # as epoll and poll have them
+_EVENTS = [(_READ if events & ~_OUT else 0) | (_WRITE if events & ~_IN else 0) for events in range(1 << 6)]
+"""What is ready, by what epoll reported: errors and hang-ups are news for readers and writers."""
+
+
+class _Epoll:
+    """Which descriptors are ready, by Linux's epoll itself: the layer of `selectors` costs microseconds a round."""
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self.close = self._epoll.close
+        self.poll = partial(self._epoll.poll, maxevents=256)  # waits for what is ready: descriptors and epoll's events
+
+    def watch(self, fd: int, events: int, *, is_new: bool) -> None:
+        """Report the descriptor when it is ready for `events`, instead of what was asked for before."""
+        mask = (_IN if events & _READ else 0) | (_OUT if events & _WRITE else 0)
+        if not is_new:
+            try:
+                self._epoll.modify(fd, mask)
+                return
+            except FileNotFoundError:
+                pass  # it was closed unnoticed, and this is another of the same number
+        self._epoll.register(fd, mask)
+
+    def forget(self, fd: int) -> None:
+        """Report it no more."""
+        with contextlib.suppress(OSError):  # closed before: the system has forgotten it
+            self._epoll.unregister(fd)
+
+
+class _Selector:
+    """The same, for systems without epoll."""
+
+    def __init__(self) -> None:
+        self._selector = selectors.DefaultSelector()
+        self.close = self._selector.close
+
+    def watch(self, fd: int, events: int, *, is_new: bool) -> None:
+        """Report the descriptor when it is ready for `events`, instead of what was asked for before."""
+        if is_new:
+            self._selector.register(fd, events)
+        else:
+            self._selector.modify(fd, events)
+
+    def forget(self, fd: int) -> None:
+        """Report it no more."""
+        self._selector.unregister(fd)
+
+    def poll(self, timeout_s: float | None) -> list[tuple[int, int]]:
+        """Wait for what is ready: descriptors and events as epoll would report them."""
+        return [(key.fd, (_IN if events & _READ else 0) | (_OUT if events & _WRITE else 0))
+                for key, events in self._selector.select(timeout_s)]
+
+
+def _number(fileobj: FileDescriptorLike) -> int:
+    return fileobj if isinstance(fileobj, int) else fileobj.fileno()
 
 
 def _nothing_more() -> None:

@@ -19,6 +19,8 @@ from .messages import Define, Lost, Open, Outcome, OutcomeKind, Run, SessionFail
 Peer = Hashable
 """Whatever the caller uses to name the other end of a link; the scheduler only compares and hashes it."""
 
+NOBODY: frozenset[Peer] = frozenset()
+
 ABANDONED = "abandoned"
 """The doom of an attempt that a newer one replaced: nobody is told of its end."""
 
@@ -41,11 +43,12 @@ class Task:
     `lane` is None while it is queued or waiting; `order` counts Runs sent on a worker's link; `estimate_s` is what its
     lane was charged; `deaths` counts attempts that died while they may have been running, `charged` says that the present
     one is among them and may yet turn out to be alive (a lost node comes back); `doom` is how it must end
-    (ABANDONED: without a word, a newer attempt took its place); `owner` is the root's, opaque here.
+    (ABANDONED: without a word, a newer attempt took its place); `shuns` names the nodes that are to have it only if no other
+    can, changed only while it is in no queue; `owner` is the root's, opaque here.
     """
 
     __slots__ = ("charged", "claimed", "deaths", "doom", "estimate_s", "lane", "node", "order", "owner", "queued", "renew",
-                 "retries", "run", "session")
+                 "retries", "run", "session", "shuns")
 
     def __init__(self, run: Run, session: Session, owner: Any = None, retries: int = 0) -> None:
         self.run = run
@@ -62,6 +65,7 @@ class Task:
         self.renew = False  # the next lease needs a new attempt number
         self.claimed = False  # the owner said that it may run
         self.doom: OutcomeKind | str | None = None
+        self.shuns = NOBODY
 
     @property
     def priority(self) -> int:
@@ -165,6 +169,11 @@ class Queue:
         if self._stale > 64 and self._stale > self.count:
             self._compact()
 
+    def purge(self) -> None:
+        """Forget the tasks that left, one of which is about to be put into another queue."""
+        if self._stale:
+            self._compact()
+
     def _compact(self) -> None:
         """Drop the entries of tasks that are gone; of one that left and came back, the first entry counts."""
         seen: set[int] = set()
@@ -213,6 +222,7 @@ class LaneState(Enum):
     ACTIVE = "active"
     SUSPENDED = "suspended"  # its link is down; it may come back with everything it holds
     DRAINING = "draining"  # it finishes what it has and gets nothing more
+    QUARANTINED = "quarantined"  # the same, for a while
 
 
 class Lane:
@@ -291,10 +301,11 @@ class Lane:
 class Session:
     """One executor's tenancy at one vertex."""
 
-    __slots__ = ("ahead", "birth", "busy", "capped", "ceiling", "closing", "code", "estimates", "failed", "failure",
-                 "free", "granted", "has_confessed", "id", "lanes", "limited", "no", "opened", "orphaned_at", "owed",
-                 "peak", "peak_at", "pinned", "queue", "reconciling", "served", "served_at", "starting", "tasks", "told",
-                 "unacked", "uplink_no", "upstream", "waiting", "want", "wanted", "weight", "workers")
+    __slots__ = ("ahead", "awaited", "birth", "busy", "capped", "ceiling", "closing", "code", "estimates", "failed",
+                 "failure", "first_attempt", "free", "granted", "has_confessed", "id", "is_durable", "lanes", "limited",
+                 "linger_s", "no", "opened", "orphaned_at", "owed", "parked", "peak", "peak_at", "pinned", "queue",
+                 "reconciling", "recovering_since", "served", "served_at", "starting", "tasks", "told", "unacked",
+                 "uplink_no", "upstream", "waiting", "want", "wanted", "wary", "weight", "workers")
 
     def __init__(self, opened: Open, upstream: Peer | None, number: int, birth: int = 0) -> None:
         self.opened = opened
@@ -306,10 +317,12 @@ class Session:
         self.weight = opened.weight
         self.ceiling = opened.ceiling  # most slots it may use; 0: all
         self.queue = Queue()
-        self.pinned: dict[str, Queue] = {}  # tasks for one node only
-        self.waiting: dict[int, Task] = {}  # tasks whose blobs are still on their way
+        self.pinned: dict[str | frozenset[Peer], Queue] = {}  # tasks for one node only, or rather not for some
+        self.wary: set[frozenset[Peer]] = set()  # the latter's keys
+        self.waiting: dict[int, Task] = {}  # tasks whose blobs are still on their way; at the root, that a node may hold
         self.tasks: dict[int, Task] = {}  # all of them, by seq
-        self.unacked: dict[int, tuple[Outcome | Lost, Lane | None]] = {}  # ended here, not yet known to the root
+        self.unacked: dict[int, tuple[Outcome | Lost, Lane | None]] = {}  # ended here, not yet known to the root; or, at the
+        # root of a durable session, not yet in its journal
         self.code: dict[int, Define] = {}
         self.estimates: dict[int, Estimate] = {}
         self.lanes: dict[Peer, Lane] = {}
@@ -329,6 +342,12 @@ class Session:
         self.served_at = 0.0
         self.reconciling = False  # `Held` was said; outcomes and offers wait for `Resume`
         self.orphaned_at: float | None = None
+        self.linger_s = opened.linger_s
+        self.is_durable = False  # at the root: outcomes are acknowledged by the owner, once they are recorded
+        self.awaited: set[Peer] = set()  # at the root: nodes that may hold tasks since an earlier life of its own
+        self.recovering_since = 0.0
+        self.parked: set[int] = set()  # at the root: tasks of an earlier life that nobody has asked for in this one
+        self.first_attempt = 1  # at the root: no earlier life has used this number or a higher one
         self.closing = False
         self.capped = False  # a node may be used more as soon as others are used less
         self.limited = False  # some task of it has had a time limit
@@ -340,6 +359,12 @@ class Session:
     def is_root(self) -> bool:
         """Whether this vertex owns the session's futures."""
         return self.uplink_no == 0
+
+    @property
+    def is_calm(self) -> bool:
+        """Whether a slot that becomes free is nobody's business: no task waits, and every node knows that."""
+        return not (self.queue.count or self.pinned or self.failed) and (
+            self.wanted is False or len(self.lanes) == self.workers)
 
     def queued(self) -> int:
         """Count the tasks that could be leased if there were a slot."""
@@ -355,18 +380,38 @@ class Session:
 
     def queue_of(self, task: Task) -> Queue:
         """Give the queue that the task belongs in."""
+        if task.shuns:
+            self.wary.add(task.shuns)
+            return self.pinned.setdefault(task.shuns, Queue())
         if task.run.options is None or not task.run.options.node:
             return self.queue
         return self.pinned.setdefault(task.run.options.node, Queue())
 
+    def shun(self, task: Task, nodes: frozenset[Peer]) -> None:
+        """Have a task that is in no queue put into that of those which had rather not run on these nodes."""
+        for queue in (self.queue, *self.pinned.values()):
+            queue.purge()
+        task.shuns = nodes
+
     def next_for(self, lane: Lane) -> Task | None:
         """Show the first task that the lane may run."""
         task = self.queue.peek() if self.queue.count else None
-        if self.pinned and lane.name in self.pinned:
-            rival = self.pinned[lane.name].peek()
-            if rival is not None and (task is None or (-rival.priority, rival.run.seq) < (-task.priority, task.run.seq)):
-                return rival
+        if self.pinned:
+            keys = [each for each in self.wary if lane.peer not in each or not self.can_do_without(each)]
+            queues = [self.pinned[key] for key in keys]
+            if lane.name in self.pinned:
+                queues.append(self.pinned[lane.name])
+            for queue in queues:
+                rival = queue.peek()
+                if rival is not None and (task is None or (-rival.priority, rival.run.seq) < (-task.priority, task.run.seq)):
+                    task = rival
         return task
+
+    def can_do_without(self, nodes: frozenset[Peer]) -> bool:
+        """Say whether anybody else may run tasks: another node with slots, or our own workers."""
+        return (self.granted > 0 and not self.failed) or any(
+            lane.slots and not lane.is_worker and lane.state is LaneState.ACTIVE and lane.peer not in nodes
+            for lane in self.lanes.values())
 
     def forget(self, task: Task) -> None:
         """Remove a task that is leased to nobody (any more), wherever it waits."""

@@ -61,6 +61,7 @@ MAX_FDS = 16
 
 _log = logging.getLogger("distexec")
 _PROBES = frozenset({Ping, Pong})
+_READ, _WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 # Plain integers: an operation on the enum costs microseconds on each read.
 _CMSG_CLOEXEC = int(getattr(socket, "MSG_CMSG_CLOEXEC", 0))
 _CTRUNC = int(socket.MSG_CTRUNC)
@@ -74,6 +75,8 @@ class Link:
     received), `rtt_s` (None until measured; TLS links), `received_fds` (descriptors that came, oldest first; who pops
     one owns it).
     """
+
+    _has_probes = True  # whether the peer may ask for signs of life
 
     def __init__(self, loop: IoThread, sock: socket.socket, decoder: FrameDecoder, on_messages: OnMessages,
                  on_closed: OnClosed) -> None:
@@ -98,6 +101,7 @@ class Link:
         self._space: memoryview | None = None  # where the last receive went; None: the loop's buffer
         self._closing: str | None = None  # this end closes, for this reason, once nothing is pending
         self._is_ended = False
+        self._end = ""  # why nothing more can be made of what is received
         sock.setblocking(False)
 
     def __repr__(self) -> str:
@@ -153,7 +157,8 @@ class Link:
 
     def _write_outbox(self) -> None:
         outbox = self._outbox
-        messages = [outbox.popleft() for _ in range(min(len(outbox), FLUSH_COUNT))]
+        count = len(outbox)
+        messages = [outbox.popleft()] if count == 1 else [outbox.popleft() for _ in range(min(count, FLUSH_COUNT))]
         try:
             self._write_messages(messages)
         except (ProtocolError, TypeError, OverflowError) as error:  # our own mistake; the peer must not miss a part
@@ -233,18 +238,18 @@ class Link:
     def _watch(self) -> None:
         if self._is_ended or self not in self.loop.tenants:
             return
-        events = selectors.EVENT_READ if self._closing is None else 0
+        events = _READ if self._closing is None else 0
         if self._pending:
-            events |= selectors.EVENT_WRITE
+            events |= _WRITE
         if events:
             self.loop.select(self.sock, events, self._on_ready)
         else:
             self.loop.unselect(self.sock)
 
     def _on_ready(self, events: int) -> None:
-        if events & selectors.EVENT_WRITE:
+        if events & _WRITE:
             self._on_writable()
-        if events & selectors.EVENT_READ and not self._is_ended and self._closing is None:
+        if events & _READ and not self._is_ended and self._closing is None:
             self._on_readable()
 
     def _on_writable(self) -> None:
@@ -286,8 +291,16 @@ class Link:
             _log.warning("distexec: %r broke the protocol and was closed: %s", self, error)
             self.finish(f"broke the protocol: {error}")
             return
+        if messages and self._has_probes and not _PROBES.isdisjoint(map(type, messages)):
+            messages = self._answer_probes(messages)
         if messages:
-            self._deliver(messages)
+            try:
+                self.on_messages(self, messages)
+            except BaseException:  # a batch half taken in: only a new connection makes the two ends agree again
+                self.loop.log_unexpected()
+                self.finish("this end failed on a message; see its log")
+        if self._end:
+            self.finish(self._end)
 
     def _receive(self) -> tuple[int, bool]:
         """Receive once; return how many bytes came, 0 at the end, and whether nothing is left."""
@@ -300,13 +313,6 @@ class Link:
         if self._space is None:
             return self.decoder.feed(self.loop.scratch[:size])
         return self.decoder.grew(size)
-
-    def _deliver(self, messages: list[Message]) -> None:
-        if not _PROBES.isdisjoint(map(type, messages)):
-            messages = self._answer_probes(messages)
-        if messages and not self.loop.guard(self.on_messages, self, messages):
-            # A batch half taken in: only a new connection makes the two ends agree again.
-            self.finish("this end failed on a message; see its log")
 
     def _answer_probes(self, messages: list[Message]) -> list[Message]:
         others: list[Message] = []
@@ -387,6 +393,8 @@ class Link:
 class FdLink(Link):
     """A link over a Unix socket on which descriptors travel with frames."""
 
+    _has_probes = False
+
     def __init__(self, loop: IoThread, sock: socket.socket, decoder: FrameDecoder, on_messages: OnMessages,
                  on_closed: OnClosed) -> None:
         super().__init__(loop, sock, decoder, on_messages, on_closed)
@@ -405,11 +413,13 @@ class FdLink(Link):
         self._outbox.append(_Parcel(list(messages), _duplicated(fds)))
 
     def _write_messages(self, messages: list[Message]) -> None:
-        if not self._has_parcels:
-            super()._write_messages(messages)
-            return
         if self._broken:
-            self._discard(messages)
+            if self._has_parcels:
+                self._discard(messages)
+            return
+        if not self._has_parcels:
+            for frame in pack(messages):
+                self._write(frame)
             return
         try:
             for is_parcel, group in itertools.groupby(messages, _Parcel.is_instance):
@@ -479,10 +489,6 @@ class FdLink(Link):
         if flags & _CTRUNC:
             raise OSError(errno.EMFILE, "a descriptor that came could not be taken: raise `ulimit -n`")
         return size, size < len(target)
-
-    def _deliver(self, messages: list[Message]) -> None:
-        if not self.loop.guard(self.on_messages, self, messages):
-            self.finish("this end failed on a message; see its log")
 
     def finish(self, reason: str) -> None:
         """Close at once, and with it the descriptors that could not be sent."""

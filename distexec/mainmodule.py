@@ -32,6 +32,9 @@ PROTOCOL = 5
 BUNDLE = ord("M")
 """First byte of a bundle; a plain pickle begins with 0x80."""
 
+VERSIONS_PER_LIFE = 1 << 40
+"""Versions set apart for each life of a durable session's client. Smaller: one life might use the next one's."""
+
 IN_BAND_BYTES = 16 << 10
 """A buffer below this stays inside its pickle. Smaller: thousands of little arrays become thousands of message fields.
 Larger: it is copied once more on either side."""
@@ -130,7 +133,8 @@ class MainModule:
             start += definition.buffer_count
             name, version = definition.name, definition.version
             known = self._versions.get(name, 0)
-            if name in namespace and (definition.is_first or version <= known):
+            is_first = definition.is_first and (not known or known // VERSIONS_PER_LIFE == version // VERSIONS_PER_LIFE)
+            if name in namespace and (is_first or version <= known):
                 self._versions[name] = max(version, known)
                 continue
             if definition.data is not None:

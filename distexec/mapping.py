@@ -8,6 +8,7 @@ what was not handed out; at most `buffersize` items are submitted whose results 
 from __future__ import annotations
 
 import itertools
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -39,7 +40,8 @@ def run_chunk(fn: Callable[..., Any], chunk: Sequence[Call]) -> tuple[list[Any],
 class Submissions:
     """The calls of one map: those submitted whose results were not taken yet, and those still to come."""
 
-    def __init__(self, submit: Submit, calls: Iterator[Call], buffersize: int | None) -> None:
+    def __init__(self, submit: Submit, calls: Iterator[Call], buffersize: int | None,
+                 *, survives: bool = False) -> None:
         self._submit = submit
         self._calls = calls
         self._pending: deque[Future[Any]] = deque()
@@ -48,6 +50,7 @@ class Submissions:
         self._waiting = 0  # submitted and not taken
         self._has_more = buffersize is not None  # calls may be left to be submitted later
         self._buffersize = buffersize
+        self._survives = survives  # Ctrl-C: the session is durable and goes on without this program
 
     def _begin(self) -> None:
         if self._buffersize is not None:
@@ -100,9 +103,9 @@ class Submissions:
                 self._refill()
                 # No reference to the future may stay behind: it holds its result.
                 if deadline is None:
-                    yield _result_or_cancel(self._next(None))
+                    yield self._result(self._next(None))
                 else:
-                    yield _result_or_cancel(self._next(deadline), deadline - time.monotonic())
+                    yield self._result(self._next(deadline), deadline - time.monotonic())
         finally:
             self._cancel()
 
@@ -125,7 +128,7 @@ class Submissions:
                 _fn, chunk = self._sent.pop(future)
                 left_s = None if deadline is None else deadline - time.monotonic()
                 try:
-                    values, error = _result_or_cancel(future, left_s)
+                    values, error = self._result(future, left_s)
                 except WorkerLost:
                     values, error = Submissions(again, iter(chunk), None).results(deadline, ordered), None
                 del future
@@ -140,15 +143,20 @@ class Submissions:
 
     def _cancel(self) -> None:
         """Withdraw what was not handed out."""
-        for future in self._pending:
-            future.cancel()
+        if not self._is_left_behind():
+            for future in self._pending:
+                future.cancel()
 
+    def _is_left_behind(self) -> bool:
+        return self._survives and isinstance(sys.exception(), KeyboardInterrupt)
 
-def _result_or_cancel(future: Future[Any], timeout_s: float | None = None) -> Any:
-    try:
+    def _result(self, future: Future[Any], timeout_s: float | None = None) -> Any:
+        """Give the result; what ends the wait otherwise withdraws the call."""
         try:
-            return future.result(timeout_s)
+            try:
+                return future.result(timeout_s)
+            finally:
+                if not future.done() and not self._is_left_behind():
+                    future.cancel()
         finally:
-            future.cancel()
-    finally:
-        del future  # break the cycle with the exception's traceback
+            del future  # break the cycle with the exception's traceback

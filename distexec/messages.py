@@ -97,6 +97,7 @@ class Open(Struct, frozen=True, array_like=True, tag=1):
     weight: float
     ceiling: int  # most slots the session can use here; 0: all
     spec: SessionSpec
+    linger_s: float = 0.0  # how long to keep it without its client; what the vertex grants anyway if that is longer
 
 
 class Close(Struct, frozen=True, array_like=True, tag=2, gc=False):
@@ -362,12 +363,51 @@ class Free(Struct, frozen=True, array_like=True, tag=52, gc=False):
     is_reusable: bool
 
 
+# ---- control: who looks after nodes
+
+
+class AskSessions(Struct, frozen=True, array_like=True, tag=60, gc=False):
+    """Control to downstream: which sessions do you hold?"""
+
+
+class SessionRow(Struct, frozen=True, array_like=True, gc=False):
+    """One session as its node tells of it, without what would give power over it."""
+
+    label: str  # a hash of its id
+    name: str
+    absent_s: float  # how long its client has been away; negative: it is connected
+    running: int  # tasks that workers have
+    waiting: int  # other tasks
+    outcomes: int  # kept until its client has them
+    size_bytes: int  # of these
+    left_s: float  # how long it is still kept without its client
+
+
+class Sessions(Struct, frozen=True, array_like=True, tag=61):
+    """Downstream to control, answering `AskSessions`."""
+
+    rows: tuple[SessionRow, ...]
+
+
+class Drop(Struct, frozen=True, array_like=True, tag=62, gc=False):
+    """Control to downstream: end this session, whose client does not come back; `token` as in `Open`."""
+
+    id: bytes
+    token: bytes
+
+
+class Dropped(Struct, frozen=True, array_like=True, tag=63, gc=False):
+    """Downstream to control, answering `Drop`: how many tasks and outcomes that was; -1: no such session here."""
+
+    count: int
+
+
 Shared = Ping | Pong | Hello | Bye | Fetch | Chunk | Credit | Missing
 FromUpstream = Open | Close | Define | Run | Recall | Kill | Ack | Want | Resume | Undefine | Shared
 FromDownstream = Offer | Outcome | Lost | Returned | Output | SessionFailed | Held | Load | Shared
 ToWorker = Define | Undefine | Run | Segment | Forget | Free | Bye
 FromWorker = Ready | Outcome | Returned | SessionFailed | Segment
 """A worker offers one slot of one session by being there, so it says less than a node."""
-FromControl = Ping | Hello | Bye
-ToControl = Hello | Load | Ping | Pong | Bye
-Message = FromUpstream | FromDownstream | Ready
+FromControl = AskSessions | Drop | Ping | Hello | Bye
+ToControl = Sessions | Dropped | Hello | Load | Ping | Pong | Bye
+Message = FromUpstream | FromDownstream | FromControl | ToControl | Ready

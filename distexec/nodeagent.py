@@ -20,13 +20,16 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from hmac import compare_digest
 from types import UnionType
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
+from .control import answer
 from .dispatcher import Dispatcher
 from .ledger import Session
+from .memorywatch import MemoryLimit
 from .messages import (
     Ack,
     BlobRef,
@@ -50,6 +53,7 @@ from .messages import (
     Stream,
     Undefine,
 )
+from .opening import unanswered_s
 from .pool import Pool, Worker
 from .scheduler import Scheduler
 from .shipping import BlobStore
@@ -67,8 +71,19 @@ LOAD_S = 2.0
 ORPHAN_S = 20.0
 """How long a session outlives the connection to its client; with the kernel's notice of a dead one it ends within 30 s."""
 
+UNANSWERED_S = 6.0
+"""How long a client's kernel may leave unacknowledged what it was sent. Smaller: a short cut costs a connection. Larger:
+slots of a machine that vanished are freed later."""
+
+OUTPUT_BACKLOG_BYTES = 32 << 20
+"""Unsent to a client above which what its tasks print is dropped, and it is told how much. Larger: one that does not read
+keeps more of our memory. Smaller: a burst is lost on a slow way."""
+
 REFETCH_S = 0.2
-"""Pause before a blob is asked for again that the other end did not have."""
+"""Pause before a blob is asked for again that the other end did not have, or for which there was no room."""
+
+ROOM_S = 10.0
+"""How long a task waits for that. Longer: it waits where it cannot run. Shorter: others would have made room in time."""
 
 CLOSE_S = 3.0
 """How long the workers of a finished session get to leave by themselves."""
@@ -89,10 +104,12 @@ class Uplink:
     def __repr__(self) -> str:
         return f"<Uplink to {self.link.name}>"
 
-    def queue(self, messages: list[Message]) -> None:
+    def queue(self, messages: Sequence[Message]) -> None:
         """Put messages in line."""
-        if self.agent.holds_arguments:
-            self.agent.release_arguments(self, messages)
+        for tenancy in self.agent.tenancies.values():
+            if tenancy.held:
+                self.agent.release_arguments(self, messages)
+                break
         self.link.queue(messages)
 
     def flush(self) -> None:
@@ -103,7 +120,7 @@ class Uplink:
         """Hear what the client says: sessions and blobs are ours, the rest is the scheduler's, in order."""
         batch: list[Message] = []
         for message in messages:
-            if isinstance(message, Run):
+            if type(message) is Run:
                 batch.append(message)
             elif isinstance(message, Open):
                 self._pass(batch)
@@ -142,9 +159,13 @@ class Tenancy:
         self.session: Session | None = None
         self.directory = tempfile.mkdtemp(prefix="session-", dir=agent.spool)
         spec = _local_spec(opened.spec, self.directory)
-        self.pool = Pool(agent.loop, spec, self, store=agent.store, capture=True, node=agent.name)
+        self.pool = Pool(agent.loop, spec, self, store=agent.store, capture=True, node=agent.name,
+                         memory_limit=agent.memory_limit)
         self.missing: dict[int, dict[bytes, BlobRef]] = {}  # by task or (negative) function, what is still on its way
         self.held: dict[int, list[BlobRef]] = {}  # references that go with a task or function
+        self.failing: dict[int, float] = {}  # of these, since when some of it could not be fetched
+        self._refetches: set[int] = set()  # of these, what is to be asked for again
+        self.unsaid_bytes = 0  # printed and dropped since the client was last told
         self.results: dict[int, dict[int, list[BlobRef]]] = {}  # by task and attempt, results not yet acknowledged
 
     # ---- owner of the pool
@@ -157,20 +178,37 @@ class Tenancy:
     def worker_said(self, worker: Worker, messages: list[Any]) -> None:
         """Hear a worker's outcomes: a task's arguments are not needed any more, its result is kept until the root has it."""
         for message in messages:
-            if isinstance(message, Outcome):
+            if type(message) is Outcome:
                 if self.held:
                     self.release(message.seq)
-                refs = [buffer for buffer in message.buffers if isinstance(buffer, BlobRef)] if message.buffers else []
-                if refs:
-                    self.results.setdefault(message.seq, {})[message.attempt] = refs
+                if message.buffers:
+                    refs = [buffer for buffer in message.buffers if isinstance(buffer, BlobRef)]
+                    if refs:
+                        self.results.setdefault(message.seq, {})[message.attempt] = refs
         self.agent.dispatcher.receive(worker, messages)
 
     def worker_wrote(self, worker: Worker, seq: int, stream: Stream, data: bytes) -> None:
-        """Pass on what a task printed, before its outcome."""
+        """Pass on what a task printed, before its outcome; no more than a client that does not read may keep waiting."""
         session = self.session
-        if self.opened.spec.echo and session is not None and isinstance(session.upstream, Uplink):
-            session.upstream.link.queue([Output(session.uplink_no, seq, stream, data)])
-            session.upstream.link.flush()
+        if not self.opened.spec.echo or session is None:
+            return
+        link = session.upstream.link if isinstance(session.upstream, Uplink) else None
+        is_full = link is not None and link.pending_bytes > OUTPUT_BACKLOG_BYTES
+        if link is None or is_full:
+            if is_full and not self.unsaid_bytes:
+                self._say(session, seq, "what is printed from here on is dropped, for too much waits to be read already")
+            self.unsaid_bytes += len(data)
+            return
+        if self.unsaid_bytes:
+            self._say(session, seq, f"{self.unsaid_bytes:,} bytes printed there are missing before this line")
+            self.unsaid_bytes = 0
+        link.queue([Output(session.uplink_no, seq, stream, data)])
+        link.flush()
+
+    def _say(self, session: Session, seq: int, text: str) -> None:
+        assert isinstance(session.upstream, Uplink), "the caller looked"
+        line = f"[distexec: node {self.agent.name!r}: {text}]\n"
+        session.upstream.link.send([Output(session.uplink_no, seq, Stream.STDERR, line.encode())])
 
     def worker_gone(self, worker: Worker, evidence: Evidence) -> None:
         """Learn that a worker died."""
@@ -205,6 +243,7 @@ class Tenancy:
             self._pull(key)
 
     def _pull(self, key: int) -> None:
+        self._refetches.discard(key)
         for ref in list(self.missing.get(key, {}).values()):
             self.uplink.transfers.pull(ref, lambda got: self._got(key, got),
                                        lambda ref, reason: self._failed(key, ref, reason))
@@ -219,6 +258,7 @@ class Tenancy:
         if missing is None:
             return
         missing.pop(ref.digest, None)
+        self.failing.pop(key, None)
         if not missing:
             del self.missing[key]
             self._release_waiting()
@@ -234,8 +274,18 @@ class Tenancy:
             self.agent.dispatcher.call(lambda now, seq=seq: self.agent.scheduler.arrived(session, seq))
 
     def _failed(self, key: int, ref: BlobRef, reason: str) -> None:
-        if self.uplink.link.is_open and key in self.missing:  # without a link the next one fetches it
+        if not self.uplink.link.is_open or key not in self.missing or key in self._refetches:
+            return  # without a link the next one fetches it
+        now = time.monotonic()
+        if key not in self.failing:
+            self.failing[key] = now
             _log.warning("session of %s: %d bytes could not be fetched: %s", self.opened.spec.name, ref.size_bytes, reason)
+        if now - self.failing[key] > ROOM_S and self.session is not None:
+            reason = f"{ref.size_bytes:,} bytes of its arguments or function could not be brought there: {reason}"
+            self.agent.dispatcher.call(partial(self.agent.scheduler.cannot_arrive, self.session, key,
+                                               Evidence(self.agent.name, reason=reason)))
+        if key in self.missing:
+            self._refetches.add(key)
             self.agent.loop.call_later(REFETCH_S, self._pull, key)
 
     def release(self, key: int) -> None:
@@ -243,6 +293,7 @@ class Tenancy:
         for ref in self.held.pop(key, ()):
             self.agent.store.release(ref)
         self.missing.pop(key, None)
+        self.failing.pop(key, None)
 
     def release_result(self, seq: int, attempt: int | None = None) -> None:
         """Let go the result of a task that the root has: of one attempt, or of all."""
@@ -272,12 +323,14 @@ class Agent:
         name: what the node is called everywhere.
         spool: directory for the sessions' files; must exist and be writable.
         on_drained: called once a drain has ended.
+        memory_limit: of each worker with what its task started; None: no limit.
     """
 
     def __init__(self, secret: Secret, slots: int, name: str, spool: str,
-                 on_drained: Callable[[], object] | None = None) -> None:
+                 on_drained: Callable[[], object] | None = None, memory_limit: MemoryLimit | None = None) -> None:
         from .handshake import Credentials
         self.name, self.slots, self.spool = name, slots, spool
+        self.memory_limit = memory_limit
         self.loop = Loop("distexec-agent")
         self.store = BlobStore(arena_closed=self._on_arena_closed)
         self.scheduler = Scheduler(slots, name, orphan_s=ORPHAN_S, absent=self._is_absent)
@@ -361,7 +414,7 @@ class Agent:
         if link.role is Role.CONTROL:
             self._controls.add(link)
             self.loop.call_soon(link.send, [self._load()])
-            return FromControl, _ignore, lambda link, _reason: self._controls.discard(link)
+            return FromControl, partial(answer, self), lambda link, _reason: self._controls.discard(link)
         if link.role is not Role.UPSTREAM or self._drain_by is not None:
             return None
         older_ones = [each for each in self._uplinks if _is_same(each.link, link)]
@@ -375,13 +428,13 @@ class Agent:
         _log.info("%s connected from %s", link.hello.name if link.hello else "a client", link.name)
         return FromUpstream, uplink.on_messages, uplink.on_closed
 
-    def uplink_lost(self, uplink: Uplink, reason: str) -> None:
-        """Keep the sessions of a lost link for a while."""
+    def uplink_lost(self, uplink: Uplink, reason: str, ago_s: float = 0.0) -> None:
+        """Keep the sessions of a link lost `ago_s` seconds ago for a while."""
         if uplink not in self._uplinks:
             return
         self._uplinks.discard(uplink)
         _log.info("connection to %s ended: %s", uplink.link.name, reason)
-        self.dispatcher.call(self.scheduler.upstream_lost, uplink)
+        self.dispatcher.call(lambda now: self.scheduler.upstream_lost(uplink, now - ago_s))
         self._look_for_clients()
 
     def _look_for_clients(self) -> None:
@@ -396,10 +449,16 @@ class Agent:
             self.dispatcher.call(self.scheduler.close_session, session)
 
     def _tell_load(self) -> None:
-        load = self._load()
-        for uplink in self._uplinks:
-            uplink.link.send([load])
+        """Tell every client how this machine does; one whose kernel does not even acknowledge is out of reach."""
         self.loop.call_later(LOAD_S, self._tell_load)
+        load = self._load()
+        for uplink in list(self._uplinks):
+            silent_s = unanswered_s(uplink.link.sock)
+            if silent_s > UNANSWERED_S:
+                self.uplink_lost(uplink, f"its machine has acknowledged nothing for {silent_s:.0f} s", silent_s)
+                uplink.link.finish("out of reach")
+            elif not uplink.link.pending_bytes:  # who does not read needs no second one
+                uplink.link.send([load])
 
     def _load(self) -> Load:
         with self.dispatcher.lock:
@@ -483,12 +542,7 @@ class Agent:
             for fn in message.fns:
                 tenancy.release(-fn)
 
-    @property
-    def holds_arguments(self) -> bool:
-        """Whether any task here has blobs."""
-        return any(tenancy.held for tenancy in self.tenancies.values())
-
-    def release_arguments(self, uplink: Uplink, messages: list[Message]) -> None:
+    def release_arguments(self, uplink: Uplink, messages: Sequence[Message]) -> None:
         """Let go the blobs of tasks lost, given back, or ended without a worker. With the dispatcher's lock held."""
         for message in messages:
             if isinstance(message, (Outcome, Lost, Returned)):
@@ -523,7 +577,7 @@ def _is_same(older: Link, newer: Link) -> bool:
 
 
 def _ignore(_link: Link, _messages: list[Message]) -> None:
-    """A control link's peer has nothing to say that needs an answer; its pings are answered by the transport."""
+    """What a link says that was replaced is not heard any more."""
 
 
 def _local_spec(spec: SessionSpec, spare: str) -> SessionSpec:

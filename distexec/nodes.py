@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .dispatcher import Dispatcher
+from .dispatcher import STALL_S, Dispatcher
 from .errors import AuthenticationFailed, DistexecError, IncompatibleNode
 from .ledger import NODE_AHEAD_S
 from .messages import (
@@ -43,11 +43,27 @@ from .transport import HEARTBEAT_S, Link
 if TYPE_CHECKING:
     from .handshake import Credentials
 
-REDIAL_S = 0.15
+REDIAL_S = 0.1
 """Pause between the dials that prove a node dead; three refusals must fit into half a second (DESIGN §6)."""
 
 REDIAL_MAX_S = 5.0
 """Longest pause between dials of a node that does not answer."""
+
+DIAL_MAX_S = 5.0
+"""How long a dial may take."""
+
+RETURN_MAX_S = 1.0
+"""The same while it is expected back, and how long such a dial may take if the way is short. Larger: what is left of
+`node_timeout` passes before a way that is open again is tried. Smaller: a busy node is hung up on."""
+
+DIAL_RTTS = 10.0
+"""Round trips granted to such a dial on a long way: TCP, TLS and the proofs take four."""
+
+BEATS = 6
+"""Heartbeats in `node_timeout`, at least. Silence is noticed after three: the other half is for the node to come back."""
+
+SILENT_BEATS = 2.5
+"""Heartbeats without a byte after which a node is taken for cut off; looked at twice a beat, so within three."""
 
 REFUSALS_FOR_PROOF = 3
 
@@ -100,8 +116,11 @@ class Node:
         self._owner = owner
         self._loop = dispatcher.loop
         self._node_timeout_s = node_timeout_s
-        self._ping_s = min(HEARTBEAT_S, node_timeout_s / 3)
-        self._pinged_at = 0.0
+        self._beat_s = min(HEARTBEAT_S, node_timeout_s / BEATS)
+        self._watched_at = 0.0
+        self._quiet_since = 0.0  # silence before this does not count: we did not listen
+        self._window_s = NODE_AHEAD_S
+        self._rtt_s = 0.0  # of the last link, when it was last measured
         self._dial: Any = None
         self._transfers: Transfers | None = None
         self._is_known = False  # the scheduler has (or may have) a lane for it
@@ -125,7 +144,7 @@ class Node:
 
     # ---- port of the dispatcher
 
-    def queue(self, messages: list[Message]) -> None:
+    def queue(self, messages: Sequence[Message]) -> None:
         """Put messages in line; while the link is down they are dropped, and reconciled when it returns."""
         link = self.link
         if link is not None:
@@ -141,8 +160,9 @@ class Node:
 
     def start(self) -> None:
         """Begin to dial, and to watch for silence."""
+        self._watched_at = time.monotonic()
         self._loop.run_here(self._redial)
-        self._loop.call_later(self._ping_s, self._watch)
+        self._loop.call_later(self._beat_s / 2, self._watch)
 
     def leave(self, reason: str) -> None:
         """Say goodbye and dial no more. I/O thread."""
@@ -155,11 +175,30 @@ class Node:
             self.link.send([Bye(reason)])
             self.link.close(reason)
 
+    def cut(self) -> None:
+        """Close the link without a word and dial no more: the node keeps what it has of us. I/O thread."""
+        self._has_left = True
+        if self._dial is not None:
+            self._dial.cancel()
+        link, self.link = self.link, None
+        if link is not None:
+            link.close("left behind")
+
+    def expect(self) -> None:
+        """Say, before `start`, that it may hold tasks of an earlier life of ours: then it can be lost before it was met."""
+        self._is_known = True
+
     def _redial(self) -> None:
         if self._has_left or self.state is NodeState.UP:
             return
+        timeout_s = min(DIAL_MAX_S, max(RETURN_MAX_S, DIAL_RTTS * self._rtt_s)) if self._is_expected else DIAL_MAX_S
         self._dial = self._loop.dial(self._addresses, Role.UPSTREAM, self._credentials, FromDownstream, self._on_open,
-                                     self._on_failed, self._on_messages, self._on_closed)
+                                     self._on_failed, self._on_messages, self._on_closed, timeout_s)
+
+    @property
+    def _is_expected(self) -> bool:
+        """Whether it may yet come back in time to go on with what it holds."""
+        return self._is_known and time.monotonic() - self.began_at < self._node_timeout_s
 
     def _resolve_again(self) -> None:
         """Look the name up anew, off the I/O thread: the resolver may take its time, and the machine may have moved."""
@@ -194,7 +233,7 @@ class Node:
         self.is_told = False
         self._set(NodeState.UP)
         self._is_known = True
-        self._dispatcher.call(lambda now: self._dispatcher.scheduler.node_joined(self, hello.name, NODE_AHEAD_S))
+        self._dispatcher.call(lambda now: self._dispatcher.scheduler.node_joined(self, hello.name, self._window_s))
 
     def _on_failed(self, error: Exception) -> None:
         if self._has_left:
@@ -210,16 +249,17 @@ class Node:
         self._refusals = self._refusals + 1 if isinstance(error, ConnectionRefusedError) else 0
         if self._is_known and self._refusals >= REFUSALS_FOR_PROOF:
             self._lose("its process is gone: the machine answers, but nobody listens there any more")
-        if self._is_named and not self._is_known and not self._is_resolving and self._failures % RESOLVE_EVERY == 0:
+        if self._is_named and not self._is_expected and not self._is_resolving and self._failures % RESOLVE_EVERY == 0:
             self._is_resolving = True
             threading.Thread(target=self._resolve_again, name="distexec-resolve", daemon=True).start()
         self._owner.node_changed(self)
         self._loop.call_later(self._pause_s(), self._redial)
 
     def _pause_s(self) -> float:
-        if self._is_known:
+        if self._is_known and self._refusals:  # the proof needs three of them soon
             return REDIAL_S
-        return float(min(REDIAL_MAX_S, 0.2 * 1.6 ** min(self._failures, 12)) * random.uniform(0.7, 1.0))
+        longest_s = RETURN_MAX_S if self._is_expected else REDIAL_MAX_S
+        return float(min(longest_s, 0.2 * 1.6 ** min(self._failures, 12)) * random.uniform(0.7, 1.0))
 
     def _on_closed(self, link: Link, reason: str) -> None:
         if link is not self.link:
@@ -232,10 +272,11 @@ class Node:
         if self._has_said_bye:
             self._lose("it was stopped")
         else:
-            heard_at = link.last_heard
+            heard_at = max(link.last_heard, self._quiet_since)
             self._dispatcher.call(lambda now: self._dispatcher.scheduler.node_suspended(self, heard_at))
         self._set(NodeState.SUSPENDED if self._is_known else NodeState.CONNECTING)
         self._refusals = 0
+        self.began_at = time.monotonic()
         self._shorts = self._shorts + 1 if time.monotonic() - self._opened_at < SHORT_S else 0
         if self._shorts > 1:
             self._loop.call_later(min(REDIAL_MAX_S, REDIAL_S * 2.0 ** min(self._shorts, 8)), self._redial)
@@ -256,21 +297,33 @@ class Node:
             self._owner.node_changed(self)
 
     def _watch(self) -> None:
-        """Ask a quiet node for a sign of life; take one that gives none for three intervals for cut off."""
+        """Ask a quiet node for a sign of life; take one that gives none for three heartbeats for cut off."""
         if self._has_left:
             return
-        self._loop.call_later(self._ping_s, self._watch)
+        now = time.monotonic()
+        if now - self._watched_at > self._beat_s / 2 + min(STALL_S, self._beat_s):
+            self._quiet_since = now
+        self._watched_at = now
+        self._loop.call_later(self._beat_s / 2, self._watch)
         link = self.link
         if link is None:
             return
-        silent_s = time.monotonic() - link.last_heard
-        if silent_s > 3 * self._ping_s + 0.5:
-            link.close(f"node {self.name!r} was silent for {silent_s:.1f} s")
-            self._on_closed(link, "silence")
-        elif silent_s > self._ping_s * 0.8:
+        silent_s = now - max(link.last_heard, self._quiet_since)
+        if silent_s >= SILENT_BEATS * self._beat_s:
+            link.finish(f"node {self.name!r} was silent for {silent_s:.1f} s")
+        elif silent_s >= 0.8 * self._beat_s:
             link.send([Ping(time.monotonic_ns())])
         if link.rtt_s is not None:
-            window_s = max(NODE_AHEAD_S, 2 * link.rtt_s)
+            self._measured(link.rtt_s)
+
+    def _measured(self, rtt_s: float) -> None:
+        """Keep as much work at the node as a round trip needs; one that a standstill made long is not believed alone."""
+        if rtt_s == self._rtt_s:
+            return
+        shorter_s, self._rtt_s = min(rtt_s, self._rtt_s), rtt_s
+        window_s = max(NODE_AHEAD_S, 2 * shorter_s)
+        if window_s != self._window_s:
+            self._window_s = window_s
             self._dispatcher.call(lambda now: self._dispatcher.scheduler.set_window(self, window_s))
 
     # ---- what it says
@@ -281,7 +334,7 @@ class Node:
         passed: list[Message] = []
         has_offer = False
         for message in messages:
-            if isinstance(message, Outcome):
+            if type(message) is Outcome:
                 if not message.buffers or not self._fetch(message):
                     passed.append(message)
             elif not self._keep(message):

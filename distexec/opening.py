@@ -15,6 +15,8 @@ import os
 import selectors
 import socket
 import ssl
+import struct
+import sys
 import time
 from collections.abc import Callable, Sequence
 from hashlib import sha256
@@ -55,9 +57,18 @@ MAX_NOTES = 20
 """Lines about refusals in that time; the rest is counted, and the count logged at its end."""
 
 KEEPALIVE_IDLE_S, KEEPALIVE_EVERY_S, KEEPALIVE_COUNT = 15, 5, 3
-USER_TIMEOUT_MS = 60_000
-"""How long data may stay unacknowledged. Smaller: a link does not outlive a short cut, nor a peer stopped in a debugger
-with its receive window full. Larger: a client whose machine vanished keeps its sessions longer."""
+"""For links on which nothing is under way. Where something is, `unanswered_s` tells; not TCP_USER_TIMEOUT, which also ends
+connections to a program that is stopped, once its window is full, though its kernel answers every probe."""
+
+RETRANSMITS = 3
+"""How often the same must have been sent in vain. Smaller: what was sent only just now counts as unanswered."""
+
+PROBES = 2
+"""How often a full window must have been probed in vain; from one probe to the next the time doubles. Smaller: one that is
+under way counts."""
+
+_TCP_INFO = struct.Struct("=2xBB20xI28xI")
+"""Of Linux's `struct tcp_info`: tcpi_retransmits, tcpi_probes, tcpi_unacked, tcpi_last_ack_recv (milliseconds)."""
 
 _BIND_REMEDIES = {
     errno.EADDRINUSE: "another program has this port: stop it or choose another port",
@@ -493,9 +504,26 @@ def tune(sock: socket.socket) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in (("TCP_KEEPIDLE", KEEPALIVE_IDLE_S), ("TCP_KEEPINTVL", KEEPALIVE_EVERY_S),
-                          ("TCP_KEEPCNT", KEEPALIVE_COUNT), ("TCP_USER_TIMEOUT", USER_TIMEOUT_MS)):
+                          ("TCP_KEEPCNT", KEEPALIVE_COUNT)):
         if hasattr(socket, option):
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+
+
+def unanswered_s(sock: socket.socket) -> float:
+    """Say for how long the other end's kernel has acknowledged nothing, though it was sent the same data again and again.
+
+    Seconds; 0.0 as long as it answers (it does so for a program that is stopped), and where the system does not say.
+    """
+    if not hasattr(socket, "TCP_INFO") or not sys.platform.startswith("linux"):
+        return 0.0
+    try:
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
+    except OSError:  # closed meanwhile, which its link is told
+        return 0.0
+    if len(info) < _TCP_INFO.size:
+        return 0.0
+    retransmits, probes, unacked, last_ack_ms = _TCP_INFO.unpack(info)
+    return last_ack_ms / 1000 if (unacked and retransmits >= RETRANSMITS) or probes >= PROBES else 0.0
 
 
 def _bind(address: tuple[str, int]) -> socket.socket:

@@ -24,7 +24,7 @@ from .ledger import (
     StopWorker,
     Task,
 )
-from .messages import Message, Recall, Returned, Run, Want
+from .messages import Message, Recall, Returned, Run, Undefine, Want
 
 OVERDUE_S = 0.005
 """How long a worker may be at one task with work behind it, before that work is taken back. Smaller: short stalls cost
@@ -42,6 +42,7 @@ class Placement:
         self.pool: list[PoolAction] = []
         self.draining = False
         self.lanes: dict[tuple[Peer, int], Lane] = {}  # by the peer below and the session's number there
+        self.touched: dict[Session, dict[Lane, None] | None] = {}  # to be filled after this batch; None: every lane
         self._claim = claim
 
     # ---- handing out
@@ -51,7 +52,7 @@ class Placement:
         if session.free and not session.queue.count and task.run.options is None:
             lane = self._free_lane(session)
             if lane is not None:
-                if task.claimed or self._is_wanted(task):
+                if task.claimed or self.is_wanted(task):
                     self._lease(task, lane)
                 return
         queue = session.queue_of(task)
@@ -86,6 +87,12 @@ class Placement:
             self._staff(session)
         self.tell_want(session)
 
+    def touch(self, lane: Lane) -> None:
+        """Note that the lane is to be filled after this batch."""
+        lanes = self.touched.setdefault(lane.session, {})
+        if lanes is not None:
+            lanes[lane] = None
+
     def _free_lane(self, session: Session) -> Lane | None:
         """Pick a lane with a free slot: the worker that ended last (its caches are warm), nodes in turn."""
         for lane in reversed(session.free):
@@ -100,11 +107,14 @@ class Placement:
 
     def _fill_pinned(self, session: Session) -> None:
         for lane in list(session.free):
-            queue = session.pinned.get(lane.name)
-            while queue and lane.is_free() and not (lane.is_worker and session.busy >= session.granted):
-                self._hand_out(session.next_for(lane), lane)
-        for name in [name for name, queue in session.pinned.items() if not queue.count]:
-            del session.pinned[name]
+            while lane.is_free() and not (lane.is_worker and session.busy >= session.granted):
+                task = session.next_for(lane)
+                if task is None:
+                    break
+                self._hand_out(task, lane)
+        for key in [key for key, queue in session.pinned.items() if not queue.count]:
+            del session.pinned[key]
+            session.wary.discard(key)  # which has no names in it
 
     def _fill_ahead(self, session: Session, lane: Lane) -> None:
         if not lane.leases or lane.state is not LaneState.ACTIVE or lane.revoke_end is not None or lane.remaining:
@@ -121,19 +131,19 @@ class Placement:
             estimate_s = UNKNOWN if estimate is None else estimate.value_s
             if not lane.has_room(estimate_s, task.is_solo if run.options is not None else False):
                 return
-            (queue if run.options is None else session.queue_of(task)).pop()
-            if task.claimed or self._is_wanted(task):
+            (queue if run.options is None and not task.shuns else session.queue_of(task)).pop()
+            if task.claimed or self.is_wanted(task):
                 self._lease(task, lane, estimate_s)
                 session.ahead = lane
 
     def _hand_out(self, task: Task | None, lane: Lane) -> None:
         assert task is not None, "fill asks only while something is queued"
         session = lane.session
-        (session.queue if task.run.options is None else session.queue_of(task)).pop()
-        if task.claimed or self._is_wanted(task):
+        (session.queue if task.run.options is None and not task.shuns else session.queue_of(task)).pop()
+        if task.claimed or self.is_wanted(task):
             self._lease(task, lane)
 
-    def _is_wanted(self, task: Task) -> bool:
+    def is_wanted(self, task: Task) -> bool:
         """Ask the owner, once, whether the task may still run; a withdrawn one leaves without a word."""
         task.claimed = self._claim is None or self._claim(task)
         if not task.claimed:
@@ -145,7 +155,8 @@ class Placement:
         run = task.run
         if task.renew:
             task.renew = task.charged = False
-            run = task.run = Run(run.session, run.seq, run.attempt + 1, run.fn, run.data, run.buffers, run.options)
+            attempt = max(run.attempt + 1, session.first_attempt)
+            run = task.run = Run(run.session, run.seq, attempt, run.fn, run.data, run.buffers, run.options)
         fn = run.fn
         if fn not in lane.defined and fn in session.code:
             lane.defined.add(fn)
@@ -169,9 +180,13 @@ class Placement:
         self.out.append((lane.peer, run))
 
     def adopt(self, task: Task, lane: Lane) -> None:
-        """Record that a node still holds a queued task it was leased before."""
+        """Record that a node still holds a queued or waiting task it was leased before."""
         session = lane.session
-        session.queue_of(task).discard(task)
+        if task.queued:
+            session.queue_of(task).discard(task)
+        else:
+            del session.waiting[task.run.seq]
+            task.node = lane.name
         task.renew = False
         if task.charged:
             task.charged = False
@@ -179,6 +194,17 @@ class Placement:
         lane.put(task, session.estimate_of(task.run.fn).value_s)
         if len(lane.leases) >= lane.slots:
             session.free.pop(lane, None)
+
+    def undefine(self, session: Session, fns: list[int]) -> None:
+        """Forget functions that no task names any more, here and below."""
+        for fn in fns:
+            session.code.pop(fn, None)
+            session.estimates.pop(fn, None)
+        for lane in session.lanes.values():
+            known = [fn for fn in fns if fn in lane.defined]
+            if known and lane.state is not LaneState.SUSPENDED:
+                lane.defined.difference_update(known)
+                self.out.append((lane.peer, Undefine(session.no, known)))
 
     # ---- taking back
 
@@ -213,10 +239,19 @@ class Placement:
         session.free.pop(lane, None)
         if session.ahead is lane:
             session.ahead = None
+        touched = self.touched.get(session)
+        if touched:
+            touched.pop(lane, None)
         lane.slots = 0
         if lane.is_worker:
             session.workers -= 1
             session.busy -= bool(lane.leases)
+
+    def stop_workers(self, session: Session) -> None:
+        """Let all workers of a session go, which are idle."""
+        for lane in [each for each in session.lanes.values() if each.is_worker]:
+            self.drop_lane(lane)
+            self.pool.append(StopWorker(lane.peer))
 
     def requeue(self, task: Task) -> None:
         """Put back, before its equals and uncharged, a task that certainly never ran."""

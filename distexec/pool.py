@@ -14,17 +14,21 @@ import fcntl
 import logging
 import mmap
 import os
+import signal
 import socket
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from multiprocessing.context import BaseContext
 from typing import Any, Protocol, cast
 
 from distexec.errors import describe_exit
+from distexec.lastwords import STACKS_BYTES, TAIL_BYTES, shorten
 from distexec.memory import shared_file
+from distexec.memorywatch import LOOK_S, LOOK_SHARE, MemoryLimit, oom_kills, overusers
 from distexec.messages import (
     BlobRef,
     Buffers,
@@ -68,14 +72,11 @@ LIVE_S = 0.1
 WROTE_BYTES = 256 << 10
 """The most bytes of output handed over at once, so that they fit a message."""
 
-TAIL_BYTES = 4096
-"""Of stderr, kept as evidence of a death."""
-
 SPENT_BYTES = 1 << 20
 """Of output already read, after which its memory is given back."""
 
 _log = logging.getLogger("distexec")
-_PLAIN = {Outcome, Returned}
+_PLAIN = frozenset({Outcome, Returned})
 
 
 class Owner(Protocol):
@@ -88,7 +89,10 @@ class Owner(Protocol):
         """Outcome and Returned messages, in order; their blobs are in the store, one reference each for the owner."""
 
     def worker_wrote(self, worker: Worker, seq: int, stream: Stream, data: bytes) -> object:
-        """Task `seq` printed this; comes before the task's outcome. Only where output is captured."""
+        """Task `seq` printed this; comes before the task's outcome. Only where output is captured.
+
+        Where it is not: the stacks of a worker that crashed (`seq` 0), which it did not print itself.
+        """
 
     def worker_gone(self, worker: Worker, evidence: Evidence) -> object:
         """A worker that was ready has ended, and everything it sent was delivered."""
@@ -133,10 +137,11 @@ class Worker:
 
         Raises KeyError if a blob is not in the store, OSError if a descriptor cannot be passed on.
         """
-        output = self.output
+        output, has_runs = self.output, False
         for message in messages:
             kind = type(message)
             if kind is Run:
+                has_runs = True
                 self.orders += 1
                 if output is not None:
                     output.expect(message.seq)  # type: ignore[union-attr]
@@ -145,7 +150,7 @@ class Worker:
             elif kind is Define and message.buffers:  # type: ignore[union-attr]
                 self._keep(message.buffers)  # type: ignore[union-attr]
         self.link.queue(messages)
-        if output is not None and output.is_expecting:
+        if has_runs and output is not None:
             self._on_run()
 
     def flush(self) -> None:
@@ -217,18 +222,18 @@ class _Output:
         """A Run was queued."""
         self._seqs.append(seq)
 
-    def answered(self, message: Outcome | Returned) -> Iterator[Piece]:
-        """Yield what the task printed that this answers, beyond what `live` gave already."""
-        if isinstance(message, Returned):
+    def answered(self, message: Outcome | Returned) -> Iterable[Piece]:
+        """Give what the task printed that this answers, beyond what `live` gave already; to be used up at once."""
+        if type(message) is Returned:
             for _ in message.tasks:
                 self._seqs.popleft()
             self._answered += len(message.tasks)
-            return
-        self._last_seq = self._seqs.popleft()
+            return ()
+        self._last_seq = seq = self._seqs.popleft()
         self._answered += 1
-        if message.ends is not None:
-            for stream, end in enumerate(message.ends):
-                yield from self._pieces(self._last_seq, stream, end)
+        ends = message.ends  # type: ignore[union-attr]
+        return () if ends is None else (
+            piece for stream, end in enumerate(ends) for piece in self._pieces(seq, stream, end))
 
     def live(self, page: WorkerPage) -> list[Piece]:
         """Return what the running task has printed so far, if it is certain which task that is."""
@@ -251,7 +256,8 @@ class _Output:
     def tail(self) -> str:
         """Return the last it wrote to stderr."""
         fd = self.fds[1]
-        return os.pread(fd, TAIL_BYTES, max(0, os.fstat(fd).st_size - TAIL_BYTES)).decode(errors="replace")
+        most = TAIL_BYTES + STACKS_BYTES
+        return shorten(os.pread(fd, most, max(0, os.fstat(fd).st_size - most)).decode(errors="replace"))
 
     def close(self) -> None:
         for fd in self.fds:
@@ -269,7 +275,7 @@ class _Output:
 
     def _give_back(self, stream: int) -> None:
         """Free the memory of what was read, short of what `tail` may still want."""
-        end = (self._read[stream] - TAIL_BYTES) // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        end = (self._read[stream] - TAIL_BYTES - STACKS_BYTES) // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
         start = self._spent[stream]
         if end - start >= SPENT_BYTES and hasattr(mmap, "MADV_REMOVE"):
             with mmap.mmap(self.fds[stream], end - start, offset=start) as spent:
@@ -308,16 +314,20 @@ class Pool:
         context: a multiprocessing context whose processes the workers shall be; None: forked by a template.
         initializer: with a context, the function and arguments that multiprocessing hands to each worker, in place of
             the spec's.
+        memory_limit: of each worker with what its task started; what uses more is killed. None: no limit.
     """
 
     def __init__(self, loop: Loop, spec: SessionSpec, owner: Owner, *, store: BlobStore, capture: bool, node: str,
-                 context: BaseContext | None = None, initializer: Call | None = None) -> None:
+                 context: BaseContext | None = None, initializer: Call | None = None,
+                 memory_limit: MemoryLimit | None = None) -> None:
         self._loop, self._spec, self._owner, self._store = loop, spec, owner, store
         self._captures, self._node = capture, node
+        self._memory_limit = memory_limit
+        self._oom_kills = oom_kills()
         self._workers: dict[int, Worker] = {}  # I/O thread; others read copies
         self._numbers = 0
         self._trials = 0  # how many workers may yet be started anew after the template was killed; some once one was ready
-        self._is_live_armed = False
+        self._is_live_armed = self._is_look_armed = False
         self._has_adopted = self._is_trim_armed = False  # large results; since `_trim` looked last
         self._is_closing = False
         self._is_closed = threading.Event()
@@ -400,7 +410,7 @@ class Pool:
             at_end.enter_context(theirs)
             worker = self._workers[number] = Worker(number, self._store, page, output, self._watch_output)
             worker.link = self._loop.adopt(
-                ours, cast("Any", FromWorker), lambda _, messages: self._on_messages(worker, messages),
+                ours, cast("Any", FromWorker), partial(self._on_messages, worker),
                 lambda _, reason: self._on_closed(worker), fds=True)
             try:
                 self._starter.start(number, theirs, page_fd, output.fds if output else None)
@@ -409,13 +419,21 @@ class Pool:
 
     def _on_born(self, number: int, pid: int) -> None:
         self._workers[number].pid = pid
+        if self._memory_limit is not None and not self._is_look_armed:
+            self._is_look_armed = True
+            self._loop.call_later(LOOK_S, self._look_at_memory)
 
     # ---- life
 
-    def _on_messages(self, worker: Worker, messages: list[Any]) -> None:
-        kinds = set(map(type, messages))
-        if not (kinds <= _PLAIN and worker.output is None and not worker.unclaimed):
+    def _on_messages(self, worker: Worker, _link: Link, messages: list[Any]) -> None:
+        output = worker.output
+        if worker.unclaimed or not _PLAIN.issuperset(map(type, messages)):
             messages = [message for message in messages if self._is_for_owner(worker, message)]
+        elif output is not None:
+            for message in messages:
+                pieces = output.answered(message)
+                if pieces:
+                    self._hand_output(worker, pieces)
         if messages:
             self._owner.worker_said(worker, messages)
 
@@ -481,6 +499,18 @@ class Pool:
                 self._hand_output(worker, worker.output.live(worker.page))
                 self._watch_output()
 
+    def _look_at_memory(self) -> None:
+        """Kill the workers that use more memory than they may, as long as there are any."""
+        limit = self._memory_limit
+        workers = {worker.pid: worker for worker in self._workers.values() if worker.pid and worker.exit is None}
+        self._is_look_armed = bool(workers) and limit is not None
+        if limit is None or not workers:
+            return
+        began = time.monotonic()
+        for pid, used in overusers([pid for pid, worker in workers.items() if not worker.kill_reason], limit.size_bytes):
+            self._kill(workers[pid], limit.explain(used))
+        self._loop.call_later(max(LOOK_S, LOOK_SHARE * (time.monotonic() - began)), self._look_at_memory)
+
     # ---- death
 
     def _kill(self, worker: Worker, reason: str) -> None:
@@ -508,6 +538,8 @@ class Pool:
         evidence = self._evidence(worker, worker.exit)
         if worker.output is not None:
             self._hand_output(worker, worker.output.rest())
+        elif worker.page.words.stacks:  # what it could not print itself any more
+            self._owner.worker_wrote(worker, 0, Stream.STDERR, worker.page.words.stacks.encode())
         worker.release()
         worker.link.on_messages = worker.link.on_closed = _ignore
         if worker.force is not None:
@@ -534,7 +566,10 @@ class Pool:
             reason = worker.failure.evidence.reason
         if not reason:
             reason = f"it {describe_exit(how.exitcode, how.signal)}" + (" as asked" if worker.is_stopping else "")
-        tail = worker.output.tail() if worker.output else ""
+            if how.signal == signal.SIGKILL:
+                reason += self._oom_kills.explain(how.peak_bytes)
+        words = worker.page.words
+        tail = worker.output.tail() if worker.output else shorten(words.printed + words.stacks)
         return Evidence(self._node, worker.pid, how.exitcode, how.signal, reason, tail)
 
     def _begin_close(self, timeout_s: float) -> None:

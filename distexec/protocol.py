@@ -45,6 +45,7 @@ PlaceChunk = Callable[[bytes, int, int], "memoryview | None"]
 
 _header = Struct(">I")
 _encoder = msgspec.msgpack.Encoder()
+_encode, _pack_header, _unpack_header = _encoder.encode, _header.pack, _header.unpack_from
 _BIN32 = b"\xc6"
 _CHUNK_START = _encoder.encode((Chunk(bytes(16), 0, b""),))[:-19]  # up to the digest: an offset and no data follow it
 _OFFSET_AT = len(_CHUNK_START) + 16
@@ -64,12 +65,15 @@ def pack(messages: Sequence[Message]) -> list[bytes | memoryview]:
 
     The pieces returned are to be sent one after the other; a chunk's data is a piece by itself, which saves a copy.
     """
-    if len(messages) == 1:
-        return _pack_chunk(messages[0]) if type(messages[0]) is Chunk else [encode(messages)]
-    body = _encoder.encode(messages)
-    if len(body) <= FRAME_TARGET_BYTES:
-        return [_header.pack(len(body)) + body]
     count = len(messages)
+    if count == 1 and type(messages[0]) is Chunk:
+        return _pack_chunk(messages[0])
+    body = _encode(messages)
+    size = len(body)
+    if size <= FRAME_TARGET_BYTES:
+        return [_pack_header(size) + body]
+    if count == 1:
+        return [_pack_header(_checked(size, messages)) + body]
     step = max(1, count * FRAME_TARGET_BYTES // len(body))
     return [frame for start in range(0, count, step) for frame in pack(messages[start:start + step])]
 
@@ -108,6 +112,10 @@ def _read_chunk(size: int, start: memoryview) -> tuple[int, bytes, int, int] | N
 def _violation(text: str) -> ProtocolError:
     from .errors import ProtocolError  # late: it brings in multiprocessing, 20 ms of a worker's start
     return ProtocolError(text)
+
+
+def _malformed(error: BaseException) -> ProtocolError:
+    return _violation(f"a malformed frame, or a message out of role: {error}")
 
 
 @cache
@@ -169,8 +177,16 @@ class FrameDecoder:
 
     def feed(self, data: bytes | bytearray | memoryview) -> list[Message]:
         """Take the next bytes of the stream; return all messages of the frames they complete, in order."""
-        messages: list[Message] = []
         view = memoryview(data)
+        end = len(view)
+        if self._frame is None and not self._head and end >= HEADER_BYTES:  # mostly: one frame, whole and alone
+            (size,) = _unpack_header(view)
+            if end - HEADER_BYTES == size <= self._max_frame_bytes:
+                try:
+                    return self._decode(view[HEADER_BYTES:])  # type: ignore[no-any-return]
+                except _BAD_BYTES as error:
+                    raise _malformed(error) from None
+        messages: list[Message] = []
         position = 0
         if self._frame is not None:
             position = min(len(view), len(self._frame) - self._filled)
@@ -226,4 +242,4 @@ class FrameDecoder:
         try:
             return self._decode(body)  # type: ignore[no-any-return]
         except _BAD_BYTES as error:
-            raise _violation(f"a malformed frame, or a message out of role: {error}") from None
+            raise _malformed(error) from None

@@ -13,7 +13,7 @@ class NodeStatus(NamedTuple):
 
     name: str
     address: str
-    state: str  # up, connecting, suspended, refused, leaving
+    state: str  # up, connecting, suspended, refused, leaving, quarantined (up, but tasks die there that run well elsewhere)
     slots: int  # that this executor may use now
     running: int  # tasks leased to it, at most `slots` of them running
     done: int  # tasks of this executor that ended there
@@ -21,7 +21,7 @@ class NodeStatus(NamedTuple):
     memory_free_bytes: int | None
     python: str
     version: str
-    problem: str  # why it is not up
+    problem: str  # why it is not up, or gets no tasks
 
     def __str__(self) -> str:
         return _table([self])

@@ -9,7 +9,6 @@ executor: when the last reference to that goes, submitted work is finished and t
 
 from __future__ import annotations
 
-import copy
 import itertools
 import logging
 import os
@@ -18,11 +17,15 @@ import sys
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from msgspec import structs
+
+from .calls import Code, Room, put_by, release
 from .dispatcher import Dispatcher
-from .errors import NoNodes, PayloadError, TaskKilled, TaskTimeout, WorkerLost
+from .errors import DistexecError, NoNodes, PayloadError, TaskKilled, TaskTimeout, WorkerLost, raisable, say_where
 from .future import ClusterFuture
 from .ledger import Task
 from .messages import (
@@ -46,13 +49,23 @@ from .supply import LOCAL, Supply, lost_error
 from .transport import Loop
 
 if TYPE_CHECKING:
+    from .durable import Identity, Recorder
+    from .journal import Journal
     from .pool import Pool
 
-MAX_FUNCTIONS = 4096
-"""Functions kept known to workers though no task names them. Smaller: code is sent again. Larger: memory everywhere."""
+RETURN_S = 5.0
+"""How much longer than `node_timeout` nodes keep a session whose client is away: whoever is not yet taken for dead goes on.
+With the default both come to what a node grants anyway."""
+
+LONG_S = 86_400.0  # a node_timeout above is as good as none; sessions end all the same
 
 CLOSE_S = 5.0
 """How long workers get to leave by themselves before they are ended."""
+
+_VALUE = OutcomeKind.VALUE  # looking up a member of an enum costs as much as a message
+
+RECOVERY_CHECK_S = 0.1
+"""How often it is looked whether the nodes of an earlier life have spoken, while the executor may be waiting to close."""
 
 _log = logging.getLogger("distexec")
 _roots: weakref.WeakSet[Root] = weakref.WeakSet()
@@ -64,7 +77,8 @@ class Root:
 
     def __init__(self, *, name: str, packer: CallPacker, spec: SessionSpec, slots: int, ceiling: int, retries: int,
                  node_timeout_s: float, nodes_timeout_s: float | None, max_pending: int | None,
-                 make_pool: Callable[[Root], Pool] | None) -> None:
+                 make_pool: Callable[[Root], Pool] | None, journal: Journal | None = None,
+                 identity: Identity | None = None, linger_s: float = 0.0, asks_all: bool = False) -> None:
         self.name = name
         self.retries = retries
         self.loop = Loop("distexec-io")
@@ -75,24 +89,34 @@ class Root:
         self.dispatcher = Dispatcher(self.loop, self.scheduler, on_ended=self._on_ended,
                                      on_failure=lambda _session, peer, failure: self.supply.session_failed(peer, failure))
         self.spec = spec
-        opened = Open(0, secrets.token_bytes(16), secrets.token_bytes(16), 1.0, ceiling, _for_nodes(spec))
+        id, token = identity[:2] if identity is not None else (secrets.token_bytes(16), secrets.token_bytes(16))
+        away_s = max(linger_s, min(node_timeout_s, LONG_S) + RETURN_S)
+        opened = Open(0, id, token, 1.0, ceiling, for_nodes(spec), away_s)
         self.session = self.scheduler.open_session(opened, None, time.monotonic())
         self.supply = Supply(self, node_timeout_s, nodes_timeout_s, has_pool=make_pool is not None)
         self.broken: BaseException | None = None
         self._make_pool = make_pool
-        self._seqs = itertools.count(1)
-        self._code_lock = threading.Lock()  # guards _functions, _function_numbers, _functions_limit
-        self._functions: dict[bytes, Define] = {}
-        self._function_numbers = itertools.count(1)
-        self._functions_limit = MAX_FUNCTIONS
+        self.recorder: Recorder | None = None
+        last_seq = last_fn = 0
+        if journal is not None and identity is not None:
+            from .durable import Recorder
+            self.session.is_durable = True
+            self.recorder = Recorder(self, journal, identity.life, asks_all=asks_all)
+            _roots.add(self)  # before it is started: a forked child must leave the journal alone
+            last_seq, last_fn = journal.last()
+        self._seqs = itertools.count(last_seq + 1)
+        self._last_old_seq = last_seq  # of earlier lives
+        self.code = Code(self.session.no, self.store, last_fn, self._forget_functions)
         self._start_lock = threading.Lock()  # guards _is_started, pool, _closer
         self._is_started = False
         self._closer: threading.Thread | None = None
         self._is_closing = False  # no new tasks; close when the last has ended
         self.owner: weakref.ref[Any] | None = None  # the executor; its callback calls `drop`
         self._is_dropped = False  # set by the finalizer of the executor
+        self._withdrawn: deque[Task] = deque()  # cancelled, to be forgotten by the I/O thread
+        self._is_withdrawing = False  # it was told
         self._closed = threading.Event()
-        self._room = _Room(max_pending) if max_pending is not None else None
+        self._room = Room(max_pending) if max_pending is not None else None
         self._began_at = time.monotonic()
         self.done: dict[str, int] = {}
         self._failed = self._retried = 0
@@ -116,6 +140,9 @@ class Root:
             self.loop.start()
             self.dispatcher.start()
             self.supply.start()
+            if self.recorder is not None:
+                self.recorder.start()
+                self.loop.call_later(RECOVERY_CHECK_S, self._look_recovered)
             self._is_started = True
             _roots.add(self)
 
@@ -132,6 +159,8 @@ class Root:
         """Take nothing more; close when all that was taken has ended."""
         with self.dispatcher.lock:
             self._is_closing = True
+            if self.recorder is not None:
+                self.recorder.cancels = cancel_futures
             queued = [task for task in self.session.tasks.values() if not task.claimed] if cancel_futures else []
         # As with the standard pool's call queue: what the workers under way would have begun with is begun.
         begun = self.supply.count_coming() if len(queued) == len(self.session.tasks) else 0
@@ -139,15 +168,20 @@ class Root:
             task.owner.cancel()
         self._close_if_done()
 
-    def wait_closed(self) -> None:
-        """Block until everything is closed; not on the I/O thread, which has to do it."""
-        if not self.loop.is_current() and threading.current_thread() is not self._closer:
-            self._closed.wait()
+    def wait_closed(self, timeout: float | None = None) -> bool:
+        """Block until everything is closed; not on a thread that has to do it. False: `timeout` seconds were not enough."""
+        if self._may_wait() and threading.current_thread() is not self._closer:
+            return self._closed.wait(timeout)
+        return self._closed.is_set()
+
+    def _may_wait(self) -> bool:
+        """Whether this is not one of our own threads, which others wait for."""
+        return not (self.loop.is_current() or (self.recorder is not None and self.recorder.is_current()))
 
     def break_with(self, error: BaseException) -> None:
         """End every task with `error`, refuse new ones with it, end the workers."""
         with self.dispatcher.lock:
-            if self._is_closing and not self.session.tasks:
+            if self._is_closing and not self._has_work:
                 return
             self.broken = self.broken or error
             self._is_closing = True
@@ -162,10 +196,58 @@ class Root:
         """Withdraw what is queued and end what runs."""
         self.begin_shutdown(cancel_futures=True)
         for task in list(self.session.tasks.values()):
-            self.kill(task)
+            if not task.owner.cancelled():
+                self.kill(task)
+
+    def interrupt(self) -> None:
+        """End at once, as after Ctrl-C: a durable session is left to its journal and its nodes, others are killed."""
+        self.supply.drop_output()
+        if self.recorder is None or not self._has_work:
+            self.kill_all()
+            return
+        command = self.recorder.how_to_go_on()
+        unfinished = self.detach(DistexecError(f"the session was left behind; go on with: {command}"))
+        if unfinished:
+            print(f"distexec: unfinished calls left in {self.recorder.path}: {unfinished}; go on with: {command}",
+                  file=sys.stderr, flush=True)
+
+    def detach(self, error: BaseException) -> int:
+        """Leave what is unfinished to the nodes that have it, and end here, futures with `error`. Counts the unfinished."""
+        assert self.recorder is not None, "only a durable session can be left"
+        with self.dispatcher.lock:
+            if self.session.closing:
+                return 0
+            self.broken = self.broken or error
+            self._is_closing = True
+        self.recorder.detach()
+        self.supply.cut()
+        left = self.dispatcher.call(self.scheduler.close_session, self.session)
+        if self.supply.pool is not None:
+            self.supply.pool.terminate()
+        unfinished = len(left) + self.recorder.count_unsent()
+        for task in left:
+            self._end(task, None, error)
+        self._close_if_done()
+        return unfinished
+
+    def settled(self) -> None:
+        """Learn that nothing is unsettled in the journal, perhaps for good."""
+        if self._is_closing:
+            self._close_if_done()
+
+    def _look_recovered(self) -> None:
+        """Look, until nodes have said what they hold, whether that was the last to wait for."""
+        if self.session.awaited and not self.session.closing:
+            self.loop.call_later(RECOVERY_CHECK_S, self._look_recovered)
+        else:
+            self.settled()
+
+    @property
+    def _has_work(self) -> bool:
+        return bool(self.session.tasks) or (self.recorder is not None and self.recorder.is_busy)
 
     def _close_if_done(self) -> None:
-        if not self._is_closing or self.session.tasks:
+        if not self._is_closing or self._has_work:
             return
         with self._start_lock:
             if self._closer is not None:
@@ -184,6 +266,8 @@ class Root:
         try:
             if not self.session.closing:
                 self.dispatcher.call(self.scheduler.close_session, self.session)
+            if self.recorder is not None:
+                self.recorder.close(is_over=self.broken is None)
             self.dispatcher.close()
             if self._is_started:
                 self.supply.close(CLOSE_S)
@@ -199,6 +283,8 @@ class Root:
         self.broken = RuntimeError("this executor belongs to the process that forked this one; make one of its own here")
         self._is_closing = True
         self._closer = threading.current_thread()
+        if self.recorder is not None:
+            self.recorder.abandon()
         # Whoever held these is not here.
         self.dispatcher.lock, self._start_lock, self._closed = threading.Lock(), threading.Lock(), threading.Event()
         self.session.tasks.clear()
@@ -207,16 +293,18 @@ class Root:
     # ---- tasks
 
     def submit(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any],
-               options: Options | None = None, retries: int | None = None) -> ClusterFuture[Any]:
+               options: Options | None = None, retries: int | None = None, key: str | None = None) -> ClusterFuture[Any]:
         """Take in one call. What cannot be pickled makes a future that has failed with the pickling error."""
         self._check_open()
         if not self._is_started:
             self.start()
+        if self.recorder is not None:
+            return self.recorder.submit(fn, args, kwargs, options, self.retries if retries is None else retries, key)
         future: ClusterFuture[Any] = ClusterFuture()
-        packed = self._pack(fn, args, kwargs, future)
-        if packed is None:
+        made = self.make_task(fn, args, kwargs, future, options, retries)
+        if made is None:
             return future
-        task, definition = self._task(packed, future, options, retries)
+        task, definition = made
         if not self.dispatcher.submit(self, task, definition):
             self._take_back([task])
         return future
@@ -224,7 +312,7 @@ class Root:
     def submit_many(self, fn: Callable[..., Any], calls: Sequence[tuple[Any, ...]], options: Options | None,
                     retries: int | None) -> list[ClusterFuture[Any]]:
         """Take in several calls of one function, given by their arguments, at the price of little more than one."""
-        if self._room is not None:  # each must be on its way before the next one waits for room
+        if self._room is not None or self.recorder is not None:  # each must be on its way before the next waits for room
             return [self.submit(fn, args, {}, options, retries) for args in calls]
         self._check_open()
         if not self._is_started:
@@ -243,17 +331,23 @@ class Root:
                 self._take_back(tasks)
         return futures
 
+    def make_task(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], future: ClusterFuture[Any],
+                  options: Options | None, retries: int | None) -> tuple[Task, Define] | None:
+        """Make a call's task and its function's definition; None, and the future has failed, if it cannot be pickled."""
+        packed = self._pack(fn, args, kwargs, future)
+        return None if packed is None else self._task(packed, future, options, retries)
+
     def _pack(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any],
               future: ClusterFuture[Any]) -> tuple[Define, bytes, Buffers] | None:
         """Pickle a call and put its buffers by; None, and the future has failed, if that cannot be done."""
         if self._room is not None:
-            self._room.enter(may_wait=not self.loop.is_current())
+            self._room.enter(may_wait=self._may_wait())
         try:
             code, code_buffers, key = self.packer.pack_function(fn)
             data, views = self.packer.pack_call(args, kwargs, key)
-            definition = self._functions.get(key) or self._define(key, code, code_buffers)
+            definition = self.code.known.get(key) or self.code.define(key, code, code_buffers)
             if views or len(data) > MAX_INLINE_BYTES:
-                return definition, *self._put_by(data, views)
+                return definition, *put_by(self.store, data, views)
         except (Exception, SystemExit) as error:  # what a user's __reduce__ raises is the call's failure, not the program's
             if self._room is not None:
                 self._room.leave()
@@ -283,7 +377,7 @@ class Root:
     @property
     def is_idle(self) -> bool:
         """Whether it takes nothing more and nothing is left to be done."""
-        return self._is_closing and not self.session.tasks
+        return self._is_closing and not self._has_work
 
     @property
     def is_open(self) -> bool:
@@ -292,79 +386,55 @@ class Root:
 
     def _check_open(self) -> None:
         if self.broken is not None:
-            raise _raisable(self.broken)
+            raise raisable(self.broken)
         if self._is_closing:
             raise RuntimeError("cannot schedule new futures after shutdown")
         if _is_exiting:
             raise RuntimeError("cannot schedule new futures after interpreter shutdown")
 
-    def _define(self, key: bytes, code: bytes, views: Sequence[memoryview]) -> Define:
-        with self._code_lock:
-            known = self._functions.get(key)
-            if known is not None:
-                return known
-            if views or len(code) > MAX_INLINE_BYTES:
-                code, buffers = self._put_by(code, views)
-            else:
-                buffers = ()
-            definition = Define(self.session.no, next(self._function_numbers), code, buffers)
-            self._functions[key] = definition
-            if len(self._functions) > self._functions_limit:
-                self._forget_functions()
-            return definition
-
-    def _forget_functions(self) -> None:
-        """Forget the older half of the functions that no task names; with the code lock held."""
+    def _forget_functions(self, functions: dict[bytes, Define]) -> list[Define]:
+        """Forget the older half of the functions that no task names, and have nodes forget them; gives what they were."""
+        if self.recorder is not None and self.recorder.is_busy:
+            return []  # what it has to hand out names some
         with self.dispatcher.lock:
             used = {task.run.fn for task in self.session.tasks.values()}
-        idle = [key for key, definition in self._functions.items() if definition.fn not in used]
-        gone = [self._functions.pop(key) for key in idle[:len(idle) // 2]]
-        self._functions_limit = max(MAX_FUNCTIONS, 2 * len(self._functions))
+        idle = [key for key, definition in functions.items() if definition.fn not in used]
+        gone = [functions.pop(key) for key in idle[:len(idle) // 2]]
         self.dispatcher.call(lambda now: self.scheduler.undefine(self.session, [each.fn for each in gone]))
-        for definition in gone:
-            self._release(definition.buffers)
-
-    def _put_by(self, data: bytes, views: Sequence[memoryview]) -> tuple[bytes, Buffers]:
-        """Copy buffers once: small ones into the message, large ones (and a large pickle, then first) into the store."""
-        kept: list[bytes | BlobRef] = []
-        try:
-            if len(data) > MAX_INLINE_BYTES:
-                kept.append(self.store.put(data))
-                data = b""
-            inline = MAX_INLINE_BYTES - len(data)
-            for view in views:
-                if view.nbytes > inline:
-                    kept.append(self.store.put(view))
-                else:
-                    kept.append(bytes(view))
-                    inline -= view.nbytes
-        except BaseException:  # no memory for one of them: the call fails, and none is kept
-            self._release(kept)
-            raise
-        return data, tuple(kept)
-
-    def _release(self, buffers: Sequence[bytes | BlobRef]) -> None:
-        for buffer in buffers:
-            if isinstance(buffer, BlobRef):
-                self.store.release(buffer)
+        return gone
 
     def _let_go(self, task: Task) -> None:
         """Let go of a task's blobs and of its place among the pending; once, by whoever ended its future."""
         if task.run.buffers:
-            self._release(task.run.buffers)
-        if self._room is not None:
+            release(self.store, task.run.buffers)
+        if self._room is not None and task.run.seq > self._last_old_seq:  # a recovered task never had a place
             self._room.leave()
 
     # ---- Control, for futures
 
     def withdraw(self, task: Task) -> None:
         """Forget a cancelled task that was never handed out. Takes no lock: the finalizers of map's iterators come here."""
-        self.loop.call_soon(self._withdraw, task)
+        self._withdrawn.append(task)
+        if not self._is_withdrawing:
+            self._is_withdrawing = True
+            self.loop.call_soon(self._withdraw)
 
-    def _withdraw(self, task: Task) -> None:
-        # It may have left already: asked for by a free slot, or with the session.
-        self.dispatcher.call(lambda now: self.session.tasks.get(task.run.seq) is task and self.scheduler.discard(task))
-        self._let_go(task)
+    def _withdraw(self) -> None:
+        """Forget what was cancelled since the last time: after Ctrl-C that may be a hundred thousand."""
+        self._is_withdrawing = False  # first: what is appended from here on may be missed below
+        tasks = [self._withdrawn.popleft() for _ in range(len(self._withdrawn))]
+
+        def discard(now: float) -> None:
+            for task in tasks:
+                # It may have left already: asked for by a free slot, or with the session.
+                if self.session.tasks.get(task.run.seq) is task:
+                    self.scheduler.discard(task)
+
+        self.dispatcher.call(discard)
+        for task in tasks:
+            self._let_go(task)
+            if self.recorder is not None:
+                self.recorder.withdrawn(task)
         if self._is_closing:
             self._close_if_done()
 
@@ -375,6 +445,13 @@ class Root:
     # ---- ends
 
     def _on_ended(self, ended: list[tuple[Task, Outcome | Lost]]) -> None:
+        if self.recorder is not None:
+            self.recorder.ended(ended)
+        else:
+            self.conclude(ended)
+
+    def conclude(self, ended: list[tuple[Task, Outcome | Lost]]) -> None:
+        """End the futures of tasks that have ended."""
         unpack, done = self.packer.unpack_outcome, self.done
         for task, message in ended:
             run_ns = -1
@@ -382,11 +459,11 @@ class Root:
                 run_ns = message.run_ns
                 self._run_ns += run_ns
                 if message.kind == 0 and not message.buffers:
-                    value, error = unpack(OutcomeKind.VALUE, message.data, ())
+                    value, error = unpack(_VALUE, message.data, ())
                 else:
                     value, error = self._unpack(task, message)
                     if error is not None and task.node != LOCAL:
-                        _say_where(error, task.node)
+                        say_where(error, task.node)
             else:
                 value, error = None, _worker_lost(task, message)  # type: ignore[arg-type]
             if error is not None:
@@ -397,6 +474,11 @@ class Root:
             self._end(task, value, error, run_ns)
         if self._is_closing:
             self._close_if_done()
+
+    def end_unsent(self, tasks: Sequence[Task]) -> None:
+        """End with the reason of all ends here what was recorded and cannot be handed out any more."""
+        for task in tasks:
+            self._end(task, None, self.broken or RuntimeError("cannot schedule new futures after shutdown"))
 
     def _end(self, task: Task, value: Any, error: BaseException | None, run_ns: int = -1) -> None:
         """End a task's future, unless it was cancelled: then all the rest is `withdraw`'s."""
@@ -423,7 +505,7 @@ class Root:
             for buffer in message.buffers:
                 buffers.append(self.store.take(buffer) if isinstance(buffer, BlobRef) else buffer)
         except (OSError, MemoryError) as error:
-            self._release(message.buffers[len(buffers):])
+            release(self.store, message.buffers[len(buffers):])
             failure = PayloadError(f"there is no memory here for the result of task {task.run.seq}: {error}")
             failure.__cause__ = error
             return None, failure
@@ -459,57 +541,17 @@ class Root:
                              time.monotonic() - self._began_at, self._run_ns / 1e9)
 
 
-class _Room:
-    """Makes `submit` wait while `limit` tasks are pending."""
-
-    def __init__(self, limit: int) -> None:
-        self._left = limit  # below 0 by what came in without waiting
-        self._changed = threading.Condition()
-
-    def enter(self, *, may_wait: bool) -> None:
-        """Take a place, free or not if the caller may not wait: a callback on the I/O thread, which alone can make room."""
-        with self._changed:
-            if may_wait:
-                self._changed.wait_for(lambda: self._left > 0)
-            self._left -= 1
-
-    def leave(self) -> None:
-        """Give a place back."""
-        with self._changed:
-            self._left += 1
-            self._changed.notify()
-
-
 def _claim(task: Task) -> bool:
     return bool(task.owner.claim())
 
 
-def _for_nodes(spec: SessionSpec) -> SessionSpec:
+def for_nodes(spec: SessionSpec) -> SessionSpec:
     """Leave out what only this machine's workers should have: the environment of the client."""
-    return SessionSpec(spec.path, spec.directory, spec.argv, {}, spec.warnings, spec.authkey, spec.initializer,
-                       spec.initializer_buffers, spec.max_tasks_per_child, spec.echo, spec.name, spec.env)
-
-
-def _say_where(error: BaseException, node: str) -> None:
-    """Add to a remote exception the name of the node, which is not in its traceback."""
-    try:
-        error.add_note(f"(raised on node {node!r})")
-    except Exception:
-        pass  # an exception that takes no notes; its future knows the node
+    return structs.replace(spec, environ={})
 
 
 def _worker_lost(task: Task, message: Lost) -> WorkerLost:
     return lost_error(message.evidence, message.evidence.reason, task.deaths)
-
-
-def _raisable(error: BaseException) -> BaseException:
-    """Make a fresh exception of the same kind, so that tracebacks do not pile up on one object."""
-    try:
-        fresh = copy.copy(error)
-    except TypeError:
-        return error
-    fresh.__cause__ = error.__cause__
-    return fresh
 
 
 def _at_exit() -> None:
@@ -520,7 +562,7 @@ def _at_exit() -> None:
     roots = list(_roots)
     for root in roots:
         if is_interrupted:
-            root.kill_all()
+            root.interrupt()
         else:
             root.begin_shutdown()
     try:
@@ -528,7 +570,7 @@ def _at_exit() -> None:
             root.wait_closed()
     except KeyboardInterrupt:
         for root in roots:
-            root.kill_all()
+            root.interrupt()
         for root in roots:
             root.wait_closed()
         raise

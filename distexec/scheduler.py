@@ -8,15 +8,18 @@ or leased to one peer, and every task leaves exactly once.
                                   ^                        │
                                   └── revoked, returned, lost (root: charged if it may have run)
 
-`ledger` holds the records, `placement` moves tasks between queue and lanes, `shares` divides a vertex's own slots.
+`ledger` holds the records, `placement` moves tasks between queue and lanes, `shares` divides a vertex's own slots, `fates`
+ends attempts, `uplinks` and `downlinks` keep the links above and below; here is what the owner and the pool say, and how
+attempts end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-from . import shares
-from .fates import Fates, renumbered, verdict
+from .downlinks import Downlinks
+from .fates import Fates, verdict
 from .ledger import (
     ABANDONED,
     EndSession,
@@ -32,23 +35,21 @@ from .messages import (
     Close,
     Define,
     Evidence,
-    Held,
-    Kill,
     Lost,
     Message,
-    Offer,
     Open,
     Outcome,
     OutcomeKind,
     Recall,
-    Resume,
     Returned,
     Run,
     SessionFailed,
-    Undefine,
-    Want,
 )
 from .placement import OVERDUE_S, Placement
+from .quarantine import Quarantine
+from .recovery import Recovery
+from .shares import Shares
+from .uplinks import Uplinks
 
 
 class Scheduler:
@@ -62,26 +63,27 @@ class Scheduler:
 
     def __init__(self, slots: int, name: str, *, node_timeout_s: float = 15.0, orphan_s: float = 30.0,
                  absent: Callable[[Run], bool] | None = None, claim: Callable[[Task], bool] | None = None) -> None:
-        self.slots = slots
         self.name = name
         self.sessions: list[Session] = []
         self._place = Placement(claim)
-        self._by_uplink: dict[tuple[Peer, int], Session] = {}  # by the link above and the session's number there
         self._lanes = self._place.lanes
-        self._nodes: dict[Peer, tuple[str, float]] = {}  # name and window of each node below whose link is up
-        self._limits: dict[Peer, int] = {}  # most slots of a node to use
-        self._drained: set[Peer] = set()  # nodes that are to get nothing more
         self._node_timeout_s, self._orphan_s = node_timeout_s, orphan_s
-        self._absent = absent
         self._fates = Fates(self._place)
+        self._shares = Shares(self._place, slots, self.sessions)
+        self._uplinks = Uplinks(self._place, self._fates, self._shares, absent)
+        self.recovery = Recovery(self._place)  # the root's, and what it asks of it goes there directly
+        self._quarantine = Quarantine(self._place, self.sessions)
+        self._downlinks = Downlinks(self._place, self._fates, self._shares, self.sessions, self.recovery, self._quarantine)
         self._last_number = 0
-        self._touched: dict[Session, dict[Lane, None] | None] = {}  # to be filled after this batch; None: every lane
-        self._last_touched: Lane | None = None  # saves looking it up in `_touched` for each outcome of a batch
-        self._table: dict[type, Callable[[Peer, Message, float], None]] = {
-            kind: getattr(self, f"_on_{name}") for kind, name in (
-                (Run, "run"), (Define, "define"), (Undefine, "undefine"), (Recall, "recall"), (Kill, "kill"),
-                (Ack, "ack"), (Want, "want"), (Resume, "resume"), (Close, "close"), (Offer, "offer"), (Lost, "lost"),
-                (Returned, "returned"), (Held, "held"), (SessionFailed, "session_failed"))}
+        self._last_touched: Lane | None = None  # saves looking it up among the touched for each outcome of a batch
+        self._table: dict[type, Callable[[Peer, Any, float], None]] = {
+            **self._uplinks.table, **self._downlinks.table, Close: self._on_close, Lost: self._on_lost,
+            Returned: self._on_returned}
+
+    @property
+    def slots(self) -> int:
+        """How many tasks this vertex's own workers may run at once."""
+        return self._shares.slots
 
     # ---- what comes out
 
@@ -89,11 +91,6 @@ class Scheduler:
     def has_news(self) -> bool:
         """Whether anything came out that nobody took yet."""
         return bool(self._place.out or self._place.pool or self._fates.ended or self._fates.failures)
-
-    @property
-    def only_speaks(self) -> bool:
-        """Whether what came out is one message and nothing else."""
-        return len(self._place.out) == 1 and not (self._place.pool or self._fates.ended or self._fates.failures)
 
     def take(self) -> list[tuple[Peer, Message]]:
         """Give what is to be said since the last call, in order."""
@@ -110,6 +107,15 @@ class Scheduler:
         ended, self._fates.ended = self._fates.ended, []
         return ended
 
+    def take_notices(self) -> list[str]:
+        """Give what the user should know of nodes since the last call, a sentence each."""
+        notices, self._quarantine.notices = self._quarantine.notices, []
+        return notices
+
+    def quarantine_of(self, peer: Peer, now: float) -> str:
+        """Say why and how long a node is to get no tasks; "" if it gets some."""
+        return self._quarantine.problem(peer, now)
+
     def take_failures(self) -> list[tuple[Session, Peer | None, SessionFailed]]:
         """Give the root's sessions that a node (None: the pool beneath) found itself unable to run."""
         failures, self._fates.failures = self._fates.failures, []
@@ -124,53 +130,57 @@ class Scheduler:
         """
         known = next((session for session in self.sessions if session.id == opened.id), None)
         if known is not None:
-            self._take_up(known, opened, upstream)
+            assert upstream is not None, "a root opens its session once"
+            self._uplinks.take_up(known, opened, upstream)
             return known
         self._last_number += 1
         number = self._last_number if self.slots == 0 or not opened.session else opened.session
         session = Session(opened, upstream, number, self._last_number)
         self.sessions.append(session)
-        if upstream is not None:
-            self._by_uplink[upstream, opened.session] = session
-        for peer in self._nodes:
-            self._open_lane(session, peer)
-        self._share(now)
+        self._uplinks.attach(session)
+        self._downlinks.open_all(session)
+        self._shares.divide(now)
         return session
 
-    def _take_up(self, session: Session, opened: Open, upstream: Peer | None) -> None:
-        assert upstream is not None, "a root opens its session once"
-        self._by_uplink.pop((session.upstream, session.uplink_no), None)
-        session.upstream, session.uplink_no, session.orphaned_at = upstream, opened.session, None
-        self._by_uplink[upstream, opened.session] = session
-        session.reconciling, session.has_confessed = True, False
-        leases = [(task.run.seq, task.run.attempt) for task in session.tasks.values()]
-        ended = [(message.seq, message.attempt) for message, _ in session.unacked.values()]
-        self._place.out.append((upstream, Held(opened.session, leases, ended, session.birth)))
+    def arrived(self, session: Session, seq: int) -> None:
+        """Learn that the blobs a task was waiting for are here."""
+        task = session.waiting.pop(seq, None)
+        if task is not None:
+            session.queue_of(task).push(task)
+            self._place.fill(session)
+
+    def cannot_arrive(self, session: Session, key: int, evidence: Evidence, now: float) -> None:
+        """Learn that blobs cannot be had here for which a task, or those of a function (its number, negative), wait.
+
+        That counts as an attempt.
+        """
+        for task in [task for seq, task in session.waiting.items() if key in (seq, -task.run.fn)]:
+            self._fates.died(task, evidence)
 
     def close_session(self, session: Session, now: float) -> list[Task]:
         """End a session here and below. Gives the tasks that had not ended; nothing more is said of them."""
         session.closing = True
         left = list(session.tasks.values())
         for lane in list(session.lanes.values()):
-            if not lane.is_worker and lane.peer in self._nodes:
+            if not lane.is_worker and lane.peer in self._downlinks.up:
                 self._place.out.append((lane.peer, Close(session.no)))
-            self._drop_lane(lane)
+            self._place.drop_lane(lane)
         session.tasks.clear()
         session.unacked.clear()
         session.granted = 0
         self.sessions.remove(session)
-        self._touched.pop(session, None)
-        self._by_uplink.pop((session.upstream, session.uplink_no), None)
+        self._place.touched.pop(session, None)
+        self._uplinks.detach(session)
         self._place.pool.append(EndSession(session, bool(left)))
-        self._share(now)
+        self._shares.divide(now)
         return left
 
     def upstream_lost(self, upstream: Peer, now: float) -> None:
         """Learn that a link above is gone: its sessions work on for a while, their outcomes are kept."""
         for session in self.sessions:
             if session.upstream == upstream:
-                self._by_uplink.pop((upstream, session.uplink_no), None)
-                session.upstream, session.orphaned_at = None, now
+                self._uplinks.detach(session)
+                session.upstream, session.orphaned_at, session.want = None, now, 0
 
     # ---- the root's own calls
 
@@ -184,7 +194,8 @@ class Scheduler:
     def discard(self, task: Task) -> bool:
         """Take out a task that was never leased; False if it was, or has ended."""
         session = task.session
-        if not task.queued or task.claimed or session.tasks.get(task.run.seq) is not task:
+        is_waiting = task.queued or session.waiting.get(task.run.seq) is task
+        if not is_waiting or task.claimed or session.tasks.get(task.run.seq) is not task:
             return False
         session.forget(task)
         self._place.tell_want(session)
@@ -192,17 +203,11 @@ class Scheduler:
 
     def kill(self, task: Task, kind: OutcomeKind = OutcomeKind.KILLED) -> None:
         """End a task wherever it is: it is reported as ended with `kind`, or with its outcome if that was faster."""
-        session, lane = task.session, task.lane
-        if session.tasks.get(task.run.seq) is not task or task.doom is not None:
-            return
-        if lane is None:
-            self._fates.finish(task, verdict(task, kind))
-            return
-        task.doom = kind
-        if lane.is_worker:
-            self._place.revoke(lane, task.order)
-        elif lane.state is not LaneState.SUSPENDED:
-            self._place.out.append((lane.peer, Kill(session.no, task.run.seq, task.run.attempt)))
+        self._fates.kill(task, kind)
+
+    def acknowledge(self, session: Session, seqs: list[int]) -> None:
+        """Let nodes forget the outcomes of these tasks: they are recorded. For sessions that are durable."""
+        self._uplinks.acknowledge(session, seqs)
 
     def define(self, session: Session, definition: Define) -> None:
         """Make a function known before its first task is submitted."""
@@ -210,22 +215,13 @@ class Scheduler:
 
     def undefine(self, session: Session, fns: list[int]) -> None:
         """Forget functions that no task names any more, here and below."""
-        for fn in fns:
-            session.code.pop(fn, None)
-            session.estimates.pop(fn, None)
-        for lane in session.lanes.values():
-            known = [fn for fn in fns if fn in lane.defined]
-            if known and lane.state is not LaneState.SUSPENDED:
-                lane.defined.difference_update(known)
-                self._place.out.append((lane.peer, Undefine(session.no, known)))
+        self._place.undefine(session, fns)
 
     # ---- nodes below
 
     def node_joined(self, peer: Peer, name: str, window_s: float) -> None:
         """Learn that the link to a node is up, for the first time or again: every session is opened there."""
-        self._nodes[peer] = (name, window_s)
-        for session in self.sessions:
-            self._open_lane(session, peer)
+        self._downlinks.joined(peer, name, window_s)
 
     def set_window(self, peer: Peer, window_s: float) -> None:
         """Set how much work to queue at a node per slot, seconds."""
@@ -235,51 +231,19 @@ class Scheduler:
 
     def limit_node(self, peer: Peer, slots: int, now: float) -> None:
         """Use at most `slots` of a node's slots, now and when it comes back."""
-        self._limits[peer] = slots
-        for session in self.sessions:
-            if peer in session.lanes:
-                session.lanes[peer].limit = slots
-                self._cap(session, now)
+        self._downlinks.limit(peer, slots)
 
     def node_suspended(self, peer: Peer, now: float) -> None:
         """Learn that the link to a node is cut; it keeps its leases for `node_timeout_s`."""
-        self._nodes.pop(peer, None)
-        for session in self.sessions:
-            lane = session.lanes.get(peer)
-            if lane is not None:
-                lane.state, lane.suspended_at = LaneState.SUSPENDED, now
-                lane.offered = lane.slots = 0
-                self._lanes.pop((peer, session.no), None)
-                self._cap(session, now)
+        self._downlinks.suspend(peer, now)
 
     def node_lost(self, peer: Peer, evidence: Evidence, now: float) -> None:
         """Learn that a node is dead: what it had may have been running, so that is charged and runs elsewhere."""
-        self._nodes.pop(peer, None)
-        for session in list(self.sessions):
-            lane = session.lanes.get(peer)
-            if lane is not None:
-                tasks = list(lane.leases.values())
-                self._drop_lane(lane)
-                for task in reversed(tasks):
-                    self._fates.died(task, evidence)
-                self._cap(session, now)
+        self._downlinks.lose(peer, evidence, now)
 
     def drain_node(self, peer: Peer) -> None:
         """Give a node nothing more, and ask back what it has not started."""
-        self._drained.add(peer)
-        for session in self.sessions:
-            lane = session.lanes.get(peer)
-            if lane is not None and lane.state is LaneState.ACTIVE:
-                self._resume_lane(lane)
-
-    def _resume_lane(self, lane: Lane) -> None:
-        """Use a lane again after its link came back, unless its node is to get nothing more."""
-        is_drained = lane.peer in self._drained
-        lane.session.wanted = None
-        lane.state = LaneState.DRAINING if is_drained else LaneState.ACTIVE
-        self._place.reindex(lane)
-        if is_drained and lane.leases:
-            self._place.out.append((lane.peer, Recall(lane.session.no, len(lane.leases))))
+        self._downlinks.drain(peer)
 
     def leases_of(self, peer: Peer) -> int:
         """Count what a peer holds, over all sessions."""
@@ -290,28 +254,6 @@ class Scheduler:
         lane = self._lanes.get((peer, outcome.session))
         task = lane.session.tasks.get(outcome.seq) if lane is not None else None
         return task is not None and task.run.attempt == outcome.attempt
-
-    def _open_lane(self, session: Session, peer: Peer) -> None:
-        name, window_s = self._nodes[peer]
-        lane = session.lanes.get(peer)
-        if lane is None:
-            lane = session.lanes[peer] = Lane(peer, session, name, is_worker=False)
-            lane.limit = self._limits.get(peer, lane.limit)
-            if peer in self._drained:
-                lane.state = LaneState.DRAINING
-            if session.failed and not self.slots:
-                session.failed, session.failure, session.has_confessed = False, None, False  # this node may be able to
-        lane.window_s, lane.wanted, session.wanted = window_s, False, None
-        lane.defined.clear()
-        self._lanes[peer, session.no] = lane
-        opened = session.opened
-        self._place.out.append((peer, Open(session.no, opened.id, opened.token, opened.weight, opened.ceiling, opened.spec)))
-
-    def _drop_lane(self, lane: Lane) -> None:
-        self._place.drop_lane(lane)
-        touched = self._touched.get(lane.session)
-        if touched:
-            touched.pop(lane, None)
 
     # ---- workers of the pool beneath
 
@@ -333,7 +275,7 @@ class Scheduler:
         if session.closing or session.failed:
             return
         self._fates.fail(session, None, SessionFailed(session.uplink_no, evidence, data))
-        self._share(now)
+        self._shares.divide(now)
 
     def worker_gone(self, worker: Peer, session: Session, started: int, evidence: Evidence, now: float) -> None:
         """Learn that a worker died, all it sent having been received; `started` is the order it began last."""
@@ -341,7 +283,7 @@ class Scheduler:
         if lane is None:
             return
         tasks = list(lane.leases.values())
-        self._drop_lane(lane)
+        self._place.drop_lane(lane)
         for task in reversed(tasks):
             task.lane = None
             if task.doom is not None:
@@ -350,7 +292,7 @@ class Scheduler:
                 self._fates.died(task, evidence)
             else:
                 self._place.requeue(task)
-        self._share(now)
+        self._shares.divide(now)
         self._place.fill(session)
         self._fates.tell_failure(session)
 
@@ -369,6 +311,8 @@ class Scheduler:
     def receive(self, peer: Peer, messages: Sequence[Message], now: float) -> None:
         """Take in what one peer said; what names no session or attempt known here is answered or ignored."""
         acks: dict[int, list[int]] = {}
+        if self._quarantine.is_watching:
+            self._quarantine.saw(peer, self._lanes, messages)
         for message in messages:
             if type(message) is Outcome:
                 lane = self._lanes.get((peer, message.session))
@@ -380,23 +324,18 @@ class Scheduler:
                     handle(peer, message, now)
         for number, seqs in acks.items():
             self._place.out.append((peer, Ack(number, seqs)))
-        if self._touched:
+        if self._place.touched:
             self._settle(now)
 
     def _settle(self, now: float) -> None:
         """Refill what the batch touched, once."""
-        touched, self._touched, self._last_touched = self._touched, {}, None
+        touched, self._place.touched, self._last_touched = self._place.touched, {}, None
         for session, lanes in touched.items():
             self._place.fill(session, lanes)
             if session.failed:
                 self._fates.tell_failure(session)
         if len(self.sessions) > 1:
-            self._share(now)
-
-    def _touch(self, lane: Lane) -> None:
-        lanes = self._touched.setdefault(lane.session, {})
-        if lanes is not None:
-            lanes[lane] = None
+            self._shares.divide(now)
 
     def _on_outcome(self, lane: Lane, message: Outcome, acks: dict[int, list[int]], now: float) -> None:
         session = lane.session
@@ -411,13 +350,19 @@ class Scheduler:
         if message.kind <= OutcomeKind.ERROR:
             estimate = session.estimates.get(task.run.fn)
             (session.estimate_of(task.run.fn) if estimate is None else estimate).saw(message.run_ns * 1e-9)
-        if self._last_touched is not lane:
+        if self._last_touched is not lane and (len(self.sessions) > 1 or not session.is_calm):
             self._last_touched = lane
-            self._touch(lane)
+            self._place.touch(lane)
         if session.uplink_no == 0:
             session.tasks.pop(message.seq, None)
             self._fates.ended.append((task, message))
-            if not lane.is_worker:
+            if task.deaths:
+                self._quarantine.saw_end(task, lane, message, now)
+            if lane.is_worker:
+                pass
+            elif session.is_durable:
+                session.unacked[message.seq] = (message, lane)
+            else:
                 acks.setdefault(message.session, []).append(message.seq)
         elif task.doom is not ABANDONED:
             self._fates.pass_up(task, message, lane)
@@ -431,9 +376,11 @@ class Scheduler:
             self._fates.late(lane, message)
             return
         self._place.unlease(task)
-        self._touch(lane)
+        self._place.touch(lane)
         if lane.session.is_root or task.doom is not None:
             self._place.out.append((peer, Ack(lane.session.no, [message.seq])))
+            if lane.session.is_root and task.doom is None:
+                self._quarantine.saw_death(task, lane, message.evidence.reason, now)
             self._fates.died(task, message.evidence)
         else:
             self._fates.pass_up(task, message, lane)
@@ -449,185 +396,10 @@ class Scheduler:
                 self._fates.come_back(task)
         for seq, attempt in message.tasks if lane.is_worker else ():
             self._place.passed_revocation(lane, seq, attempt)
-        self._touch(lane)
-
-    def _on_offer(self, peer: Peer, message: Offer, now: float) -> None:
-        lane = self._lanes.get((peer, message.session))
-        if lane is None:
-            return
-        lane.offered = message.slots
-        lane.has_failed = lane.has_failed and not message.slots
-        if lane.state is LaneState.SUSPENDED:  # it comes back without `Held`: it ended the session meanwhile
-            self._resume_lane(lane)
-            lane.birth = -1
-        self._check_birth(lane, message.birth)
-        self._cap(lane.session, now)
-
-    def _check_birth(self, lane: Lane, birth: int) -> None:
-        """Give up what a node was leased before it ended the session and began it anew, on this link or one cut at once."""
-        if lane.birth != birth:
-            lane.birth = birth
-            for task in reversed(list(lane.leases.values())):
-                self._place.unlease(task)
-                self._fates.died(task, Evidence(lane.name, reason="the node ended the session while its link was away"))
-
-    def _on_held(self, peer: Peer, message: Held, now: float) -> None:
-        """Reconcile with a node that kept the session while its link was away."""
-        lane = self._lanes.get((peer, message.session))
-        if lane is None:
-            return
-        self._check_birth(lane, message.birth)
-        held = {tuple(key) for key in message.leases} | {tuple(key) for key in message.outcomes}
-        for task in reversed(list(lane.leases.values())):
-            if (task.run.seq, task.run.attempt) not in held:
-                self._place.unlease(task)  # it never arrived: ends and losses are kept below until acknowledged
-                self._fates.come_back(task)
-        drop = [(seq, attempt) for seq, attempt in message.leases if not self._is_held_for(lane, seq, attempt)]
-        ack = [seq for seq, attempt in message.outcomes if not self._is_held_for(lane, seq, attempt)]
-        self._place.out.append((peer, Resume(lane.session.no, drop, ack)))
-        self._resume_lane(lane)
-        self._touched[lane.session] = None
-        for task in list(lane.leases.values()):
-            if task.doom is not None:
-                self._place.out.append((peer, Kill(lane.session.no, task.run.seq, task.run.attempt)))
-
-    def _is_held_for(self, lane: Lane, seq: int, attempt: int) -> bool:
-        task = lane.session.tasks.get(seq)
-        if task is None or task.run.attempt != attempt:
-            return False
-        if task.queued and task.claimed:
-            self._place.adopt(task, lane)
-        return task.lane is lane
-
-    def _on_session_failed(self, peer: Peer, message: SessionFailed, now: float) -> None:
-        lane = self._lanes.get((peer, message.session))
-        if lane is None:
-            return
-        session = lane.session
-        lane.has_failed = True  # it stays, for acknowledgements and `Close`
-        lane.offered = 0
-        for task in reversed(list(lane.leases.values())):
-            self._place.unlease(task)
-            self._fates.come_back(task)
-        if session.is_root:
-            self._fates.failures.append((session, peer, message))
-        elif all(each.has_failed for each in session.lanes.values()):
-            self._fates.fail(session, peer, message)
-        self._cap(session, now)
-
-    def _on_run(self, peer: Peer, message: Run, now: float) -> None:
-        session = self._by_uplink.get((peer, message.session))
-        if session is None:
-            return
-        seq = message.seq
-        older = session.tasks.get(seq)
-        if older is not None:
-            if older.run.attempt >= message.attempt:
-                return
-            self._abandon(older)
-        if session.no != message.session:
-            message = Run(session.no, seq, message.attempt, message.fn, message.data, message.buffers, message.options)
-        task = session.tasks[seq] = Task(message, session)
-        if message.options is not None and message.options.timeout_s:
-            session.limited = True
-        if session.failed or self._place.draining or not session.told:
-            self._place.give_back(session, [task])
-        elif self._absent is not None and self._may_be_absent(session, message) and self._absent(message):
-            session.waiting[seq] = task
-        else:
-            session.queue_of(task).push(task)
-            self._touched[session] = None
-
-    def _may_be_absent(self, session: Session, run: Run) -> bool:
-        definition = session.code.get(run.fn)
-        return bool(run.buffers) or definition is None or bool(definition.buffers)
-
-    def arrived(self, session: Session, seq: int) -> None:
-        """Learn that the blobs a task was waiting for are here."""
-        task = session.waiting.pop(seq, None)
-        if task is not None:
-            session.queue_of(task).push(task)
-            self._place.fill(session)
-
-    def _abandon(self, task: Task) -> None:
-        lane = task.lane
-        if lane is not None and not lane.is_worker:
-            self._place.unlease(task)
-            if lane.state is not LaneState.SUSPENDED:
-                self._place.out.append((lane.peer, Kill(task.session.no, task.run.seq, task.run.attempt)))
-        self._place.abandon(task)
-
-    def _on_define(self, peer: Peer, message: Define, now: float) -> None:
-        session = self._by_uplink.get((peer, message.session))
-        if session is not None:
-            if session.no != message.session:
-                message = Define(session.no, message.fn, message.data, message.buffers)
-            session.code[message.fn] = message
-
-    def _on_undefine(self, peer: Peer, message: Undefine, now: float) -> None:
-        session = self._by_uplink.get((peer, message.session))
-        if session is not None:
-            self.undefine(session, message.fns)
-
-    def _on_recall(self, peer: Peer, message: Recall, now: float) -> None:
-        session = self._by_uplink.get((peer, message.session))
-        if session is None:
-            return
-        returned = [session.queue.pop_youngest() for _ in range(min(message.count, session.queue.count))]
-        self._place.give_back(session, returned[::-1])
-        session.owed = missing = message.count - len(returned)
-        for lane in session.lanes.values():
-            if missing > 0 and not lane.is_worker and len(lane.leases) > lane.slots:
-                self._place.out.append((lane.peer, Recall(session.no, missing)))
-                missing -= len(lane.leases) - lane.slots
-
-    def _on_kill(self, peer: Peer, message: Kill, now: float) -> None:
-        session = self._by_uplink.get((peer, message.session))
-        task = session.tasks.get(message.seq) if session is not None else None
-        if task is not None and task.run.attempt == message.attempt:
-            self.kill(task)
-
-    def _on_ack(self, peer: Peer, message: Ack, now: float) -> None:
-        session = self._by_uplink.get((peer, message.session))
-        if session is None:
-            return
-        below: dict[Lane, list[int]] = {}
-        for position, seq in enumerate(message.seqs):
-            entry = session.unacked.get(seq)
-            if entry is None or (message.attempts and message.attempts[position] != entry[0].attempt):
-                continue
-            del session.unacked[seq]
-            if entry[1] is not None:
-                below.setdefault(entry[1], []).append(seq)
-        for lane, seqs in below.items():
-            if session.lanes.get(lane.peer) is lane and lane.state is not LaneState.SUSPENDED:
-                self._place.out.append((lane.peer, Ack(session.no, seqs)))
-
-    def _on_want(self, peer: Peer, message: Want, now: float) -> None:
-        session = self._by_uplink.get((peer, message.session))
-        if session is not None:
-            session.want = message.count
-            self._place.tell_want(session)
-            self._share(now)
-
-    def _on_resume(self, peer: Peer, message: Resume, now: float) -> None:
-        session = self._by_uplink.get((peer, message.session))
-        if session is None:
-            return
-        for seq, attempt in message.drop:
-            task = session.tasks.get(seq)
-            if task is not None and task.run.attempt == attempt:
-                self._abandon(task)
-        self._on_ack(peer, Ack(message.session, message.ack), now)
-        for seq, (end, lane) in session.unacked.items():
-            session.unacked[seq] = (renumbered(end, session.uplink_no), lane)
-            self._place.out.append((peer, session.unacked[seq][0]))
-        session.reconciling, session.told = False, -1
-        self._offer(session)
-        self._fates.tell_failure(session)
+        self._place.touch(lane)
 
     def _on_close(self, peer: Peer, message: Close, now: float) -> None:
-        session = self._by_uplink.get((peer, message.session))
+        session = self._uplinks.session(peer, message.session)
         if session is not None:
             self.close_session(session, now)
 
@@ -635,8 +407,8 @@ class Scheduler:
 
     def set_slots(self, slots: int, now: float) -> None:
         """Change how many tasks this vertex's own workers may run at once."""
-        self.slots = slots
-        self._share(now)
+        self._shares.slots = slots
+        self._shares.divide(now)
 
     def start_drain(self, now: float) -> None:
         """Stop taking work: give back what has not started, finish what runs."""
@@ -648,40 +420,7 @@ class Scheduler:
                     self._place.revoke(lane, next(iter(lane.leases.values())).order + 1)
                 elif not lane.is_worker and lane.leases and lane.state is not LaneState.SUSPENDED:
                     self._place.out.append((lane.peer, Recall(session.no, len(lane.leases))))
-        self._share(now)
-
-    def _share(self, now: float) -> None:
-        """Divide our own slots among the sessions anew, and offer upward what changed."""
-        able = [] if self._place.draining else [session for session in self.sessions if not session.failed]
-        aims = shares.targets(self.slots, able, now) if able else {}
-        grown = shares.regrant(self.slots, self.sessions, aims)
-        for session in self.sessions:
-            self._offer(session)
-        for session in grown:
-            self._place.fill(session)
-
-    def _offer(self, session: Session) -> None:
-        if session.is_root or session.upstream is None or session.reconciling:
-            return
-        slots = 0 if self._place.draining else session.granted + sum(
-            lane.slots for lane in session.lanes.values() if not lane.is_worker)
-        if slots == session.told:
-            return
-        session.told = slots
-        self._place.out.append((session.upstream, Offer(session.uplink_no, slots, session.birth)))
-        if not slots:
-            self._place.give_back(session, session.unleased())
-
-    def _cap(self, session: Session, now: float) -> None:
-        """Use no more of the offered slots than the session's ceiling, first on nodes that tasks must go to."""
-        nodes = [lane for lane in session.lanes.values() if not lane.is_worker]
-        if session.pinned and session.ceiling:
-            nodes.sort(key=lambda lane: lane.name not in session.pinned)
-        shares.cap(session, nodes)
-        for lane in nodes:
-            self._place.reindex(lane)
-        self._offer(session)
-        self._place.fill(session)
+        self._shares.divide(now)
 
     # ---- time
 
@@ -704,30 +443,46 @@ class Scheduler:
                 return True
         return len(self.sessions) > 1 and any(session.tasks or session.want for session in self.sessions)
 
+    def stood_still(self, now: float) -> None:
+        """Learn that this process did not run for a while: silence that nobody listened to does not count."""
+        for session in self.sessions:
+            if session.orphaned_at is not None:
+                session.orphaned_at = now
+            for lane in session.lanes.values():
+                if lane.state is LaneState.SUSPENDED:
+                    lane.suspended_at = now
+
     def tick(self, now: float, progress: Mapping[Peer, tuple[int, float]] | None = None) -> None:
         """Let time pass: `progress` gives, for each watched worker, the order it began last and since how long (s)."""
         for session in list(self.sessions):
-            if session.orphaned_at is not None and now - session.orphaned_at > self._orphan_s:
-                self.close_session(session, now)
+            if session.orphaned_at is not None and self._is_over(session, now - session.orphaned_at, now):
                 continue
+            self.recovery.give_up_late(session, self._node_timeout_s, now)
+            self._quarantine.tick(session, now)
             for peer, (started, age_s) in (progress or {}).items():
                 if peer in session.lanes:
                     self._watch(session.lanes[peer], started, age_s)
             if len(session.lanes) > session.workers:
-                self._end_silent(session, now)
+                self._downlinks.end_silent(session, self._node_timeout_s, now)
                 self._place.recall_for_idle(session, now)
                 if session.ceiling and (session.capped or session.pinned):
-                    self._share(now)
-                    self._cap(session, now)
+                    self._shares.divide(now)
+                    self._shares.cap(session)
         if len(self.sessions) > 1:
-            self._share(now)
+            self._shares.divide(now)
 
-    def _end_silent(self, session: Session, now: float) -> None:
-        for lane in list(session.lanes.values()):
-            if lane.state is LaneState.SUSPENDED and lane.peer not in self._nodes and (
-                    now - lane.suspended_at > self._node_timeout_s):
-                self.node_lost(lane.peer, Evidence(lane.name, reason=f"node {lane.name!r} was out of reach for more than "
-                                                   f"{self._node_timeout_s:g} s (node_timeout)"), now)
+    def patience_s(self, session: Session) -> float:
+        """How long the session is kept without its client."""
+        return max(self._orphan_s, session.linger_s)
+
+    def _is_over(self, session: Session, alone_s: float, now: float) -> bool:
+        """End a session whose client stays away too long; of one that lingers for it, end workers that are idle."""
+        if alone_s > self.patience_s(session):
+            self.close_session(session, now)
+            return True
+        if alone_s > self._orphan_s and session.workers and not session.tasks:
+            self._place.stop_workers(session)
+        return False
 
     def _watch(self, lane: Lane, started: int, age_s: float) -> None:
         """Look at a worker: is its task over its time limit, or in the way of what is queued behind it?"""

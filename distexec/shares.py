@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .ledger import Lane, Session
+from .messages import Offer
+from .placement import Placement
 
 TURN_S = 0.1
 """How long a slot that cannot be divided stays with one session. Smaller: more tasks are handed back and forth. Larger: with
@@ -18,6 +20,49 @@ more sessions than slots, a client waits longer for its turn."""
 PEAK_S = 0.1
 """How long a session keeps its share while its client pauses between two tasks. Smaller: a client that makes one call after
 the other asks for its slot each time. Larger: an idle client's slots stand still that long."""
+
+
+class Shares:
+    """The sessions of a vertex and its own `slots`, divided among them; what changes is offered upward."""
+
+    def __init__(self, place: Placement, slots: int, sessions: list[Session]) -> None:
+        self.slots = slots
+        self._place, self._sessions = place, sessions  # the list is the scheduler's
+
+    def divide(self, now: float) -> None:
+        """Divide our own slots among the sessions anew."""
+        able = [] if self._place.draining else [session for session in self._sessions if not session.failed]
+        aims = targets(self.slots, able, now) if able else {}
+        grown = regrant(self.slots, self._sessions, aims)
+        for session in self._sessions:
+            self.offer(session)
+        for session in self._sessions:
+            if session in grown or session.wary:
+                self._place.fill(session)
+
+    def offer(self, session: Session) -> None:
+        """Say upward, when it changes, how many slots the session has here and below."""
+        if session.is_root or session.upstream is None or session.reconciling:
+            return
+        slots = 0 if self._place.draining else session.granted + sum(
+            lane.slots for lane in session.lanes.values() if not lane.is_worker)
+        if slots == session.told:
+            return
+        session.told = slots
+        self._place.out.append((session.upstream, Offer(session.uplink_no, slots, session.birth)))
+        if not slots:
+            self._place.give_back(session, session.unleased())
+
+    def cap(self, session: Session) -> None:
+        """Use no more of the slots nodes offer than the session's ceiling, first on nodes that tasks must go to."""
+        nodes = [lane for lane in session.lanes.values() if not lane.is_worker]
+        if session.pinned and session.ceiling:
+            nodes.sort(key=lambda lane: lane.name not in session.pinned)
+        cap(session, nodes)
+        for lane in nodes:
+            self._place.reindex(lane)
+        self.offer(session)
+        self._place.fill(session)
 
 
 def demand(session: Session, slots: int, now: float) -> int:

@@ -34,7 +34,11 @@ def spool(parent: str | None) -> Iterator[str]:
 
 def _make(parent: Path) -> tuple[Path, int]:
     while True:
-        path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+        try:
+            path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+        except OSError as error:
+            raise OSError(error.errno, f"no directory for sessions can be made in {parent}: {error.strerror}; see to it, or "
+                          "name another one with --spool") from error
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         fcntl.flock(fd, fcntl.LOCK_EX)
         if path.is_dir():  # else another one cleared up between these two lines

@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from multiprocessing.context import BaseContext
+from multiprocessing.util import Finalize
 from typing import Any, NamedTuple, Protocol, cast
 
 from distexec import payload, template, worker
@@ -33,6 +34,9 @@ CLOSING_S = template.GRACE_S + 3.0
 DRAIN_S = 0.005
 """Between two looks whether a dead process's socket still holds something. Longer: its loss is reported later."""
 
+ORPHANS_S = 0.2
+"""Between two looks for what a killed template left. Longer: the dead stay listed as zombies."""
+
 _SECRET_VARIABLES = ("DISTEXEC_SECRET",)
 
 
@@ -44,6 +48,7 @@ class Exit(NamedTuple):
     reason: str = ""
     failure: bytes = b""  # the packed exception that kept it from starting
     is_bystander: bool = False  # it was killed because the template was
+    peak_bytes: int = 0  # the most memory it had resident; 0: unknown
 
 
 class Starter(Protocol):
@@ -61,6 +66,9 @@ class Starter(Protocol):
 
 Born = Callable[[int, int], object]  # number, pid
 Died = Callable[[int, Exit], object]
+
+_templates: set[int] = set()  # the processes of all living templates; I/O thread
+_reaps_orphans = False
 
 
 class TemplateStarter:
@@ -106,7 +114,7 @@ class TemplateStarter:
             self._pids[report.number] = report.pid
             self._born(report.number, report.pid)
         elif self._pids.pop(report.number, None) is not None:
-            self._died(report.number, Exit(report.exitcode, report.signal, report.reason))
+            self._died(report.number, Exit(report.exitcode, report.signal, report.reason, peak_bytes=report.peak_bytes))
 
     def _on_gone(self, exitcode: int | None) -> None:
         """The template ended: as asked, or with workers left, which must not outlive their guardian."""
@@ -118,8 +126,22 @@ class TemplateStarter:
                 template.end_tree(pid)
             reason = f"the process that it was forked from {how}, and it was killed too"
             self._died(number, Exit(reason=reason, is_bystander=True))
+        if _reaps_orphans:
+            self._end_orphans()
         if self._on_closed is not None:
             self._on_closed()
+
+
+    def _end_orphans(self) -> None:
+        if template.end_orphans(_templates):
+            self._loop.call_later(ORPHANS_S, self._end_orphans)
+
+
+def reap_orphans() -> None:
+    """Say that this program starts nothing but templates, so that what a killed one leaves behind can be told and ended."""
+    global _reaps_orphans
+    template.become_reaper()
+    _reaps_orphans = True
 
 
 class _Template:
@@ -140,6 +162,7 @@ class _Template:
         finally:
             theirs.close()
         self.pid = self._process.pid
+        _templates.add(self.pid)
         self._exit_fd = watch_exit(loop, self.pid, self._on_exit)
         self._link = loop.adopt(ours, template.FromTemplate, self._on_messages, self._on_closed, fds=True)
         for ref in spec.initializer_buffers:
@@ -173,6 +196,7 @@ class _Template:
 
     def _on_exit(self) -> None:
         self._process.wait()
+        _templates.discard(self.pid)
         if self._exit_fd is not None:
             self._loop.unwatch(self._exit_fd)
             os.close(self._exit_fd)
@@ -335,10 +359,13 @@ def run_in_context(link: socket.socket, lifeline: socket.socket, fds: list[Descr
             function, args = initializer
             function(*args)
 
+    # Last of all: what tasks leave running has nobody who guards it, and multiprocessing first waits for its own.
+    Finalize(None, template.end_offspring, exitpriority=-100)
     try:
         status = worker.serve(link.detach(), page_fd, initializer=initialize,
                               outputs=(outputs[0], outputs[1]) if outputs else None)
     except KeyboardInterrupt:
+        template.end_offspring()
         os._exit(130)  # Ctrl-C between tasks: the client got it too and decides what happens
     if status:
         sys.exit(status)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from .echo import Echo
 from .errors import InitializerFailed, WorkerLost
 from .messages import Evidence, OutcomeKind, Output, SessionFailed, SessionSpec, Stream
 from .nodes import Node, NodeState
@@ -36,6 +37,9 @@ STARVED_S = 5.0
 """How long work may wait without a slot anywhere before the user is told why."""
 
 STARVED_AGAIN_S = 60.0
+
+CUT_S = 1.0
+"""How long to wait for the links to be closed; the end of the process closes them as well."""
 
 CHECK_S = 0.5
 """How often that is looked at."""
@@ -81,6 +85,7 @@ class Supply:
         self.nodes: list[Node] = []
         self.credentials: Credentials | None = None
         self.changed = threading.Condition()  # notified when nodes or slots may have changed
+        self._echoes = {Stream.STDOUT: Echo("stdout"), Stream.STDERR: Echo("stderr")}
         self._node_timeout_s, self._nodes_timeout_s = node_timeout_s, nodes_timeout_s
         self._starved_since: float | None = None
         self._next_warning_at = 0.0
@@ -96,6 +101,25 @@ class Supply:
             self.pool.close(timeout_s)
         for node in self.nodes:
             self._root.loop.call_soon(node.leave, "the executor was shut down")
+        for echo in self._echoes.values():
+            echo.close()
+
+    def drop_output(self) -> None:
+        """Wait no more for who reads what the tasks printed."""
+        for echo in self._echoes.values():
+            echo.give_up()
+
+    def cut(self) -> None:
+        """Close every link without a word, so that nodes keep what they have for who comes back; dial no more."""
+        done = threading.Event()
+
+        def cut_all() -> None:
+            for node in self.nodes:
+                node.cut()
+            done.set()
+        self._root.loop.call_soon(cut_all)
+        if not self._root.loop.is_current():
+            done.wait(CUT_S)
 
     def notify(self) -> None:
         """Wake those who wait for slots."""
@@ -133,14 +157,18 @@ class Supply:
 
     # ---- nodes
 
-    def add_node(self, address: str, resolve: Callable[[], Sequence[tuple[Any, ...]]], slots: int | None) -> None:
-        """Begin to use a node."""
+    def add_node(self, address: str, resolve: Callable[[], Sequence[tuple[Any, ...]]], slots: int | None,
+                 *, may_hold: bool = False) -> Node:
+        """Begin to use a node; `may_hold`: it may have tasks of an earlier life of the session."""
         assert self.credentials is not None, "the executor checks that there is a secret"
         node = Node(address, resolve, self._root.dispatcher, self.credentials, self._root.store, self, self._node_timeout_s)
         self.nodes.append(node)
         if slots is not None:
             self._root.dispatcher.call(lambda now: self._root.scheduler.limit_node(node, slots, now))
+        if may_hold:
+            node.expect()
         node.start()
+        return node
 
     def remove_node(self, node: Node, *, drain: bool) -> None:
         """Stop using a node, after what runs there has ended if `drain`."""
@@ -174,14 +202,8 @@ class Supply:
 
     def node_wrote(self, node: Node, output: Output) -> None:
         """Print what a task printed on a node."""
-        if not self._root.spec.echo:
-            return
-        target = sys.stdout if output.stream == Stream.STDOUT else sys.stderr
-        try:
-            target.write(output.data.decode("utf-8", "replace"))
-            target.flush()
-        except (AttributeError, OSError, ValueError):
-            pass  # the program closed or replaced its own stream: it does not want to see output
+        if self._root.spec.echo:
+            self._echoes[output.stream].write(output.data)
 
     def _check(self) -> None:
         """Tell the user when work waits and no slot is anywhere; give up when `nodes_timeout` says so."""
@@ -191,8 +213,11 @@ class Supply:
         now = time.monotonic()
         self._tell_missing(now)
         with self._root.dispatcher.lock:
+            notices = self._root.scheduler.take_notices()
             waits = self._root.session.queued() > 0
             slots = sum(lane.slots for lane in self._root.session.lanes.values()) + self._root.session.starting
+        for notice in notices:
+            _log.warning("%s", notice)
         done = sum(self._root.done.values())
         if not waits or slots or done != self._seen_done:
             self._starved_since, self._seen_done = None, done
@@ -250,7 +275,8 @@ class Supply:
         self._root.dispatcher.receive(worker, messages)
 
     def worker_wrote(self, worker: Worker, seq: int, stream: Stream, data: bytes) -> None:
-        """Local workers print for themselves; nothing is captured."""
+        """Print the stacks of a crash; else local workers print for themselves."""
+        self._echoes[stream].write(data)
 
     def worker_gone(self, worker: Worker, evidence: Evidence) -> None:
         """Learn that a worker died."""
@@ -286,18 +312,22 @@ class Supply:
             local = sum(len(lane.leases) for lane in lanes.values() if lane.is_worker)
             granted = self._root.session.granted
             held = {peer: len(lane.leases) for peer, lane in lanes.items()}
+            now = time.monotonic()
+            quarantines = {node: self._root.scheduler.quarantine_of(node, now) for node in self.nodes}
         if self.has_pool:
             python = f"{sys.version_info.major}.{sys.version_info.minor}"
             rows.append(NodeStatus(LOCAL, "", "refused" if self._root.session.failed else "up", granted, local,
                                    self._root.done.get(LOCAL, 0), None, None, python, self._root.spec.name, ""))
         for node in self.nodes:
             lane, load, hello = lanes.get(node), node.load, node.hello
+            is_up, quarantine = node.state is NodeState.UP, quarantines.get(node, "")
             rows.append(NodeStatus(
-                node.name, node.address, node.state.value, lane.slots if lane is not None else 0, held.get(node, 0),
+                node.name, node.address, "quarantined" if is_up and quarantine else node.state.value,
+                lane.slots if lane is not None else 0, held.get(node, 0),
                 self._root.done.get(node.name, 0), load.cpu_percent if load is not None else None,
                 load.memory_free_bytes if load is not None else None, hello.python if hello is not None else "",
                 hello.version if hello is not None else "",
-                _why(node) if node.problem or node.state is not NodeState.UP else ""))
+                _why(node) if node.problem or not is_up else quarantine))
         return rows
 
 

@@ -35,6 +35,7 @@ GRACE_S = 2.0
 """For multiprocessing's resource trackers to unlink what the dead left. Shorter: shared memory may stay behind."""
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+_MAXRSS_BYTES = 1 if sys.platform == "darwin" else 1024
 
 
 class Prepare(Struct, frozen=True, array_like=True, tag=1):
@@ -79,6 +80,7 @@ class Exited(Struct, frozen=True, array_like=True, tag=11, gc=False):
     exitcode: int | None
     signal: int
     reason: str = ""
+    peak_bytes: int = 0  # the most memory it had resident; 0: unknown
 
 
 ToTemplate = Segment | Prepare | Fork | End | Watch
@@ -219,10 +221,10 @@ class _Template:
             while self._woken.recv(4096):
                 pass
         reports = []
-        for pid, code in _reap_all(end_groups_of=self._pids):
+        for pid, code, peak_bytes in _reap_all(end_groups_of=self._pids):
             number = self._pids.pop(pid, None)
             if number is not None:  # else an orphan of a task, which nobody asks about
-                reports.append(Exited(number, code if code >= 0 else None, max(0, -code)))
+                reports.append(Exited(number, code if code >= 0 else None, max(0, -code), "", peak_bytes))
         if reports:
             self._link.send(reports)
 
@@ -321,6 +323,26 @@ def end_tree(pid: int) -> None:
         _signal(each, signal.SIGKILL)
 
 
+def end_orphans(spared: Container[int]) -> bool:
+    """Kill what fell to this process, a reaper, when a guardian was killed: every child not spared, with all below it.
+
+    Gives False once nothing is left; until then it is to be called again, for the dying may leave orphans of their own.
+    """
+    orphans = [pid for pid, parent, _ in _read_proc(zombies=True) if parent == os.getpid() and pid not in spared]
+    for pid in orphans:
+        if not _is_tracker(pid):
+            end_tree(pid)
+        with contextlib.suppress(ChildProcessError):  # reaped elsewhere
+            os.waitpid(pid, os.WNOHANG)
+    return bool(orphans)
+
+
+def end_offspring() -> None:
+    """Kill the descendants of this process that are there now."""
+    for pid in _descendants(os.getpid()):
+        end_tree(pid)
+
+
 def end_descendants() -> None:
     """Kill every descendant of this process, the reaper of its orphans, until none is left."""
     deadline = time.monotonic() + GRACE_S
@@ -351,8 +373,8 @@ def _wait_child(timeout_s: float) -> bool:
     return True
 
 
-def _reap_all(end_groups_of: Container[int] = ()) -> Iterator[tuple[int, int]]:
-    """Reap what has died; yield each pid and its exit code, or negative signal.
+def _reap_all(end_groups_of: Container[int] = ()) -> Iterator[tuple[int, int, int]]:
+    """Reap what has died; yield each pid, its exit code or negative signal, and the most memory it used, bytes.
 
     If one of `end_groups_of` did not end well, what is left of its group is killed: the task will run again elsewhere,
     and must not meet what its first attempt started.
@@ -363,10 +385,10 @@ def _reap_all(end_groups_of: Container[int] = ()) -> Iterator[tuple[int, int]]:
             dead = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT) if hasattr(os, "waitid") else None
             if dead and dead.si_pid in end_groups_of and (dead.si_code != os.CLD_EXITED or dead.si_status != 0):
                 _end_group(dead.si_pid)
-            pid, status = os.waitpid(dead.si_pid if dead else -1, os.WNOHANG)
+            pid, status, usage = os.wait4(dead.si_pid if dead else -1, os.WNOHANG)
             if pid == 0:
                 return
-            yield pid, os.waitstatus_to_exitcode(status)
+            yield pid, os.waitstatus_to_exitcode(status), usage.ru_maxrss * _MAXRSS_BYTES
 
 
 def _end_group(member: int) -> None:
@@ -420,7 +442,7 @@ def _processes() -> Iterable[tuple[int, int, int]]:
     return _read_proc()
 
 
-def _read_proc() -> Iterator[tuple[int, int, int]]:
+def _read_proc(*, zombies: bool = False) -> Iterator[tuple[int, int, int]]:
     for name in os.listdir("/proc"):
         if name.isdigit():
             try:
@@ -428,7 +450,7 @@ def _read_proc() -> Iterator[tuple[int, int, int]]:
                     state, parent, group = file.read(512).rpartition(b")")[2].split()[:3]
             except (OSError, ValueError):
                 continue  # it ended while we looked
-            if state not in (b"Z", b"X"):
+            if zombies or state not in (b"Z", b"X"):
                 yield int(name), int(parent), int(group)
 
 

@@ -20,7 +20,6 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 from .errors import AuthenticationFailed, ProtocolError
 from .iothread import IoThread, Timer
@@ -156,7 +155,6 @@ class TlsLink(Link):
         self._heartbeat: Timer | None = None
         self._record = memoryview(bytearray(RECORD_BYTES))
         self._rest = b""  # plaintext that came before the link began
-        self._end = ""  # why nothing more can be decrypted
 
     def begin_with(self, rest: bytes) -> None:
         """Start to read; `rest` came behind the peer's Hello."""
@@ -170,7 +168,8 @@ class TlsLink(Link):
     def _beat(self) -> None:
         if self._is_ended:
             return
-        if self._heard_bytes == self.bytes_in or self._heard_bytes < 0:
+        is_silent = self._heard_bytes == self.bytes_in and not self.pending_bytes  # who does not read would not hear it
+        if is_silent or self._heard_bytes < 0:
             self.send([Ping(time.monotonic_ns())])  # at once for the round-trip time, then whenever it was silent
         self._heard_bytes = self.bytes_in
         self._heartbeat = self.loop.call_later(HEARTBEAT_S, self._beat)
@@ -180,9 +179,11 @@ class TlsLink(Link):
     def _write_messages(self, messages: list[Message]) -> None:
         if self._broken:
             return
-        outgoing = self._stream.outgoing
+        outgoing, encrypt = self._stream.outgoing, self._stream.tls.write
         for piece in pack(messages):
-            self._stream.write(piece)
+            sent = encrypt(piece)
+            while sent < len(piece):  # it may take one record at a time
+                sent += encrypt(memoryview(piece)[sent:])
             if outgoing.pending >= WRITE_BYTES:
                 self._write(outgoing.read())
         if outgoing.pending:
@@ -202,8 +203,10 @@ class TlsLink(Link):
         return size, size < len(self.loop.scratch)
 
     def _decode(self, size: int) -> list[Message]:
-        rest, self._rest = self._rest, b""
-        messages = self.decoder.feed(rest) if rest else []
+        messages: list[Message] = []
+        if self._rest:
+            rest, self._rest = self._rest, b""
+            messages = self.decoder.feed(rest)
         with self._lock:  # held elsewhere only for a write that does not block
             self._stream.incoming.write(self.loop.scratch[:size])
             is_more = True
@@ -216,7 +219,8 @@ class TlsLink(Link):
                 messages = messages + batch if messages else batch
             if self._stream.outgoing.pending:  # the answer to a change of keys
                 self._write(self._stream.outgoing.read())
-        self.flush()  # who found the lock taken left the messages to us
+        if self._outbox:  # who found the lock taken left the messages to us
+            self.flush()
         return messages
 
     def _decrypt(self, target: memoryview) -> int:
@@ -225,7 +229,7 @@ class TlsLink(Link):
         count = 0
         try:
             while count < room:
-                count += cast(int, read(room - count, target[count:]))
+                count += read(room - count, target[count:] if count else target)  # type: ignore[operator]
                 if count < room and not incoming.pending:
                     break  # that was the last record; asking again would cost an exception
         except ssl.SSLWantReadError:
@@ -235,11 +239,6 @@ class TlsLink(Link):
         except ssl.SSLError as error:
             self._end = f"TLS failed: {error.reason or error}"
         return count
-
-    def _take(self, size: int) -> None:
-        super()._take(size)
-        if self._end:
-            self.finish(self._end)
 
     def finish(self, reason: str) -> None:
         """Close at once."""

@@ -19,6 +19,7 @@ from time import monotonic_ns
 from typing import Any
 
 from distexec import payload
+from distexec.lastwords import WORDS_BYTES, LastWords
 from distexec.memory import Mappings, map_segment
 from distexec.messages import (
     MAX_INLINE_BYTES,
@@ -48,7 +49,8 @@ SMALL_BYTES = 4 << 10
 MAX_INLINE_TOTAL_BYTES = 4 << 20
 """Of the buffers of one outcome inside its message; the others become blobs. Larger: the frame would be too large."""
 
-PAGE_BYTES = 4096
+CELLS_BYTES = 4096
+PAGE_BYTES = CELLS_BYTES + WORDS_BYTES
 
 # Looking up a member of an enum takes as long as making a message does.
 _VALUE, _ERROR, _PAYLOAD = OutcomeKind.VALUE, OutcomeKind.ERROR, OutcomeKind.PAYLOAD
@@ -65,13 +67,16 @@ class WorkerPage:
     Worker, per task: store `started`, then load `revoked`; if the order is revoked it is not run. Pool: store
     `revoked`, then, 10 ms later, load `started`. Each side stores before it loads, and 10 ms outlast any store buffer,
     so one of them at least sees what the other stored: a revoked order above `started` was not begun and will not be.
+
+    Behind it in the same file are the worker's last words, `words`.
     """
 
-    __slots__ = ("_cells", "_map")
+    __slots__ = ("_cells", "_map", "words")
 
     def __init__(self, fd: int) -> None:
         self._map = mmap(fd, PAGE_BYTES)  # shared; the mapping outlives the descriptor
-        self._cells = memoryview(self._map).cast("q")
+        self._cells = memoryview(self._map)[:CELLS_BYTES].cast("q")
+        self.words = LastWords(memoryview(self._map)[CELLS_BYTES:])
 
     def begin(self, order: int, now_ns: int) -> bool:
         """Worker: note that the task of this order starts now; False if it was revoked and must not."""
@@ -103,6 +108,7 @@ class WorkerPage:
 
     def close(self) -> None:
         """Unmap it; using it afterwards raises ValueError."""
+        self.words.close()
         self._cells.release()
         self._map.close()
 
@@ -170,6 +176,10 @@ class _Worker:
 
         Should the child come back out of the task, the closed page stops it before it runs another.
         """
+        import faulthandler
+
+        if not self._output_fds and faulthandler.is_enabled():
+            faulthandler.enable(file=2)  # it tells its own crashes, to whom its parent's output goes
         self._link.close()
         self._page.close()
         while self._arenas:
@@ -309,7 +319,9 @@ class _Worker:
         except OSError as error:  # no memory, no descriptors: the task's own misfortune, told like an error of its own
             for _, fd in segments:
                 os.close(fd)
-            return _ERROR, self._unpacker.pack_error(error), (), []
+            size = sum(map(len, parts))
+            text = f"no room on this machine for a result of {size:,} bytes: {error}; return less, or write it to a file"
+            return _ERROR, self._unpacker.pack_error(OSError(error.errno, text)), (), []
         return kind, data, tuple(wire), segments
 
     # ---- other messages
@@ -359,15 +371,17 @@ def serve(link_fd: int, page_fd: int, *, unpacker: payload.CallUnpacker | None =
     Args:
         unpacker: forked along from the template; None: a new one.
         initializer: called before Ready is said; None: none. What it raises ends the worker.
-        outputs: files that descriptors 1 and 2 become, if the output is captured.
+        outputs: files that descriptors 1 and 2 become, if the output is captured; else the page has its last words.
     """
-    import faulthandler
-
-    if outputs:
-        _redirect(outputs)
-    faulthandler.enable(file=2)
     page = WorkerPage(page_fd)
-    os.close(page_fd)
+    if outputs:
+        import faulthandler
+
+        _redirect(outputs)
+        faulthandler.enable(file=2)
+        os.close(page_fd)
+    else:
+        page.words.listen(page_fd, CELLS_BYTES)
     link = BlockingLink(socket.socket(fileno=link_fd), ToWorker)
     worker = _Worker(link, page, unpacker or payload.CallUnpacker(), outputs or ())
     os.register_at_fork(before=worker.prepare_fork, after_in_child=worker.forsake)

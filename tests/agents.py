@@ -1,4 +1,5 @@
-"""Agents for tests: real `distexec-agent` processes on loopback, with a secret and directories of their own."""
+"""Agents for tests: real `distexec-agent` processes on loopback or on another host of `tests.netns`, with a secret and
+directories of their own."""
 
 from __future__ import annotations
 
@@ -20,18 +21,23 @@ from tests import leaks
 ROOT = Path(__file__).parents[1]
 START_S = 30.0
 STOP_S = 20.0
-_ADDRESS = re.compile(r"(127\.0\.0\.1:\d+)")
+_ADDRESS = re.compile(r"listening on (\d+(?:\.\d+){3}:\d+)")
 
 
 @dataclass
 class AgentProcess:
-    """An agent on a free loopback port, started on entering the `with` block and stopped on leaving it."""
+    """An agent, by default on a free loopback port, started on entering the `with` block and stopped on leaving it.
+
+    `prefix` stands before its command: it is how a process is started on another host.
+    """
 
     slots: int = 2
     name: str = "agent"
     secret: str = field(default_factory=lambda: secrets.token_hex(32))
     arguments: tuple[str, ...] = ()
     address: str = ""
+    listen: str = "127.0.0.1:0"
+    prefix: tuple[str, ...] = ()
 
     def __enter__(self) -> AgentProcess:
         self._log = tempfile.NamedTemporaryFile(prefix="pytest-of-agent-", suffix=".log")
@@ -40,8 +46,8 @@ class AgentProcess:
             "DISTEXEC_SECRET": self.secret, "XDG_CONFIG_HOME": self._home.name, "PYTHONUNBUFFERED": "1",
             "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
         self.process = subprocess.Popen(
-            [sys.executable, "-c", "import sys; from distexec.cli import agent_main; sys.exit(agent_main())",
-             "--listen", "127.0.0.1:0", "--slots", str(self.slots), "--name", self.name, "--spool", self._home.name,
+            [*self.prefix, sys.executable, "-c", "import sys; from distexec.cli import agent_main; sys.exit(agent_main())",
+             "--listen", self.listen, "--slots", str(self.slots), "--name", self.name, "--spool", self._home.name,
              *self.arguments],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=self._log, env=environ)
         leaks.own(self.process.pid)

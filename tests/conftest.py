@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from multiprocessing import util
 from pathlib import Path
 
 import pytest
@@ -29,12 +30,16 @@ def pytest_configure(config: pytest.Config) -> None:
     directory = tempfile.mkdtemp(prefix="dx-")
     os.environ["TMPDIR"] = directory
     tempfile.tempdir = None
-    # At exit, and registered before multiprocessing registers the removal of what it keeps there: so it comes after that.
-    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    atexit.register(_remove, directory)
     for name in [name for name in os.environ if name.startswith("DISTEXEC_")]:
         del os.environ[name]  # the developer's own cluster is not to be tested on
     os.environ["XDG_CONFIG_HOME"] = os.path.join(directory, "pytest-of-config")
     leaks.adopt_orphans()
+
+
+def _remove(directory: str) -> None:
+    util._run_finalizers()  # multiprocessing removes what it keeps there itself, and complains if it is gone
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 @pytest.hookimpl(trylast=True)

@@ -1,4 +1,4 @@
-"""What a test leaves behind: processes, threads, descriptors, files.
+"""What a test leaves behind: processes, threads, descriptors, files, network namespaces.
 
 The pytest process makes itself a child subreaper, so that a process whose parent died is still found below it; and it
 has a temporary directory of its own, so that other programs' files are not taken for ours.
@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+
+from tests import netns
 
 PATIENCE_S = 10.0
 """How long what is ending may take. Longer: a failing test takes longer. Shorter: a busy machine fails a good one."""
@@ -118,6 +120,7 @@ class Footprint:
     threads: set[threading.Thread] = field(default_factory=lambda: set(threading.enumerate()))
     descriptors: Counter[str] = field(default_factory=_descriptors)
     files: set[str] = field(default_factory=_files)
+    namespaces: set[str] = field(default_factory=lambda: netns.namespaces(os.getpid()))
 
     def leaks(self) -> list[str]:
         """Give what is ending time to end, then name everything that is left."""
@@ -132,4 +135,6 @@ class Footprint:
         now = _descriptors()
         descriptors = [f"{now[kind]} {kind} open, {self.descriptors[kind]} before" for kind in now
                        if now[kind] > self.descriptors[kind] + DESCRIPTOR_ALLOWANCE]
-        return processes + threads + descriptors + [f"file {path}" for path in sorted(_files() - self.files)]
+        files = [f"file {path}" for path in sorted(_files() - self.files)]
+        networks = [f"network namespace {name}" for name in sorted(netns.namespaces(os.getpid()) - self.namespaces)]
+        return processes + threads + descriptors + files + networks

@@ -45,6 +45,11 @@ class WatchedPlacement(Placement):
         before = len(lane.leases)
         super()._lease(task, lane, estimate_s)
         _expect(lane.state is not LaneState.SUSPENDED, lambda: f"{task} was leased to suspended {lane}")
+        _expect(lane.state is not LaneState.QUARANTINED, lambda: f"{task} was leased to quarantined {lane}")
+        _expect(
+            lane.peer not in task.shuns or not lane.session.can_do_without(task.shuns),
+            lambda: f"{task} was leased to {lane}, where it died before",
+        )
         _expect(lane.revoke_end is None, lambda: f"{task} was leased into a revocation on {lane}")
         _expect(len(lane.leases) == before + 1, lambda: f"{task} took the place of another lease on {lane}")
         if before >= lane.slots:
@@ -89,7 +94,7 @@ class Checker:
         self.begun += 1
         deaths = call.task.deaths
         _expect(
-            call.begun <= deaths + call.unsent,
+            call.begun <= deaths + call.unsent + call.excused,
             lambda: (
                 f"{call} begins once more (attempt {execution.attempt}, {execution.worker}) with {deaths} charged "
                 f"deaths and {call.unsent} outcomes lost"
@@ -97,7 +102,7 @@ class Checker:
         )
         _expect(not call.discarded or call.root.is_closed, lambda: f"{call} begins though it was withdrawn")
         if call.retries == 0:
-            _expect(call.begun == 0, lambda: f"{call} has retries=0 and begins again")
+            _expect(call.begun <= call.excused, lambda: f"{call} has retries=0 and begins again")
 
     def on_end(self, call: Call, task: Task, end: Outcome | Lost) -> None:
         """A root says that a call has ended."""
@@ -266,7 +271,7 @@ class Checker:
                 )
             if session.upstream is not None:
                 _expect(
-                    scheduler._by_uplink.get((session.upstream, session.uplink_no)) is session,
+                    scheduler._uplinks.session(session.upstream, session.uplink_no) is session,
                     lambda: f"{vertex.name}: {session} is not found by its uplink",
                 )
         _expect(
@@ -274,10 +279,10 @@ class Checker:
             lambda: f"{vertex.name}: {len(scheduler._lanes)} lanes indexed, {lanes} there are",
         )
         _expect(
-            len(scheduler._by_uplink) == sum(s.upstream is not None for s in scheduler.sessions),
-            lambda: f"{vertex.name}: uplinks {scheduler._by_uplink}",
+            len(scheduler._uplinks._sessions) == sum(s.upstream is not None for s in scheduler.sessions),
+            lambda: f"{vertex.name}: uplinks {scheduler._uplinks._sessions}",
         )
-        _expect(not scheduler._touched, lambda: f"{vertex.name}: a touched session was not settled")
+        _expect(not scheduler._place.touched, lambda: f"{vertex.name}: a touched session was not settled")
         granted = sum(max(s.granted, s.busy) for s in scheduler.sessions)
         _expect(
             granted <= max(scheduler.slots, sum(s.busy for s in scheduler.sessions)),
@@ -369,7 +374,7 @@ class Checker:
                 scheduler = vertex.scheduler
                 left = [
                     scheduler.sessions,
-                    scheduler._by_uplink,
+                    scheduler._uplinks._sessions,
                     scheduler._lanes,
                     [worker for workers in vertex.pool.workers.values() for worker in workers],
                 ]

@@ -14,10 +14,12 @@ import os
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 
 from distexec.messages import Options
 
 from .checker import Checker
+from .durable import LINGER_S, DurableRoot
 from .vertices import Root, Vertex
 from .world import Cable, Call, Violation, World
 
@@ -133,7 +135,10 @@ class _Story:
         has_workers = self.shape == LOCAL or random.random() < 0.2
         for number in range(1 if self.shape == LOCAL else random.choice((1, 1, 2, 2, 3))):
             slots = random.randint(1, 4) if has_workers and (self.shape == LOCAL or number == 0) else 0
-            Root(
+            make: Callable[..., Root] = Root
+            if self.mood != CALM and random.random() < 0.3:
+                make = partial(DurableRoot, is_strict=self.mood == SHORT_CUTS)
+            make(
                 world,
                 f"root{number}",
                 slots,
@@ -158,6 +163,8 @@ class _Story:
                 vertex.boot()
         if self.mood == WILD and random.random() < 0.1:
             world.start_fails = 0.1
+        if self.mood == WILD and self.agents and random.random() < 0.3:
+            random.choice(self.agents).fails = random.choice((0.3, 1.0))
 
     def _boot(self, vertex: Vertex) -> None:
         if not vertex.is_alive:
@@ -324,6 +331,11 @@ class _Story:
                 root.scheduler.limit_node, self.random.choice(cables).downlink, self.random.randint(0, 3), self.world.now
             )
 
+    def _crash_client(self) -> None:
+        durable = [root for root in self.world.roots if isinstance(root, DurableRoot) and root.is_alive]
+        if durable:
+            self.random.choice(durable).crash()
+
     def _end_client(self) -> None:
         alive = [root for root in self.world.roots if root.is_alive]
         if len(alive) > 1:
@@ -339,12 +351,13 @@ class _Story:
 
     def _acts(self) -> list[Callable[[], object]]:
         if self.mood == STORM:
-            return [self._submit] * 6 + [self._cut] * 12 + [self._echo] * 3 + [self._kill, self._kill_worker, self._crash]
+            often = [self._submit] * 6 + [self._cut] * 12 + [self._echo] * 3
+            return [*often, self._kill, self._kill_worker, self._crash, self._crash_client]
         acts: list[Callable[[], object]] = (
             [self._submit] * 12 + [self._cancel] * 2 + [self._kill] * 2 + [self._undefine, self._echo]
         )
         if self.mood != CALM:
-            acts += [self._cut] * 3
+            acts += [self._cut] * 3 + [self._crash_client]
         if self.mood == WILD:
             acts += (
                 [self._kill_worker] * 3
@@ -378,7 +391,7 @@ class _Story:
         for root in world.roots:
             if root.is_alive and not root.is_closed:
                 root.close()
-        world.run(world.now + world.orphan_s + 2.0)
+        world.run(world.now + max(world.orphan_s, LINGER_S) + 2.0)
         self.checker.check_empty()
 
     def _make_peace(self) -> None:
@@ -395,9 +408,12 @@ class _Story:
             if vertex.is_alive and vertex.is_draining:
                 vertex.stop()
             self._boot(vertex)
+            vertex.fails = 0.0
             if vertex in self.agents:
                 vertex.act(vertex.scheduler.set_slots, vertex.slots, world.now)
         for root in world.roots:
+            if isinstance(root, DurableRoot) and not root.is_alive and not root.is_closed:
+                root.boot()
             if not root.is_alive:
                 continue
             root.act(root.scheduler.set_slots, root.slots, world.now)
@@ -419,5 +435,5 @@ class _Story:
     def _check_strict(self) -> None:
         for root in self.world.roots:
             for call in root.calls.values():
-                if call.begun > 1 + call.unsent:
+                if call.begun > 1 + call.unsent + call.excused:
                     raise Violation(f"{call} began {call.begun} times though no cut was long")

@@ -11,13 +11,16 @@ from contextlib import contextmanager
 from typing import Any
 
 from distexec import shares
+from distexec.downlinks import Downlinks
 from distexec.fates import Fates
 from distexec.ledger import Lane, Queue, Session, Task
-from distexec.messages import Lost, Outcome, Run
+from distexec.messages import Lost, Outcome, OutcomeKind, Run
 from distexec.placement import Placement
+from distexec.recovery import Recovery
 from distexec.scheduler import Scheduler
+from distexec.uplinks import Uplinks
 
-from .history import STORM, play
+from .history import SHORT_CUTS, STORM, play
 
 Original = Callable[..., Any]
 
@@ -75,7 +78,7 @@ def _drop_an_ack(original: Original) -> Original:
     """Drop an ack."""
     is_due = _every(10)
 
-    def wrong(self: Scheduler, *arguments: Any) -> None:
+    def wrong(self: Uplinks, *arguments: Any) -> None:
         if not is_due():
             original(self, *arguments)
 
@@ -186,7 +189,7 @@ def _take_back_what_runs(original: Original) -> Original:
 def _keep_what_was_dropped(original: Original) -> Original:
     """Go on with leases that the vertex above has given to others."""
 
-    def wrong(self: Scheduler, peer: Any, message: Any, now: float) -> None:
+    def wrong(self: Uplinks, peer: Any, message: Any, now: float) -> None:
         original(self, peer, type(message)(message.session, [], message.ack), now)
 
     return wrong
@@ -226,7 +229,7 @@ def _forget_to_refill(original: Original) -> Original:
     """Forget to refill after a batch."""
     is_due = _every(10)
 
-    def wrong(self: Scheduler, lane: Lane) -> None:
+    def wrong(self: Placement, lane: Lane) -> None:
         if not is_due():
             original(self, lane)
 
@@ -246,11 +249,9 @@ def _count_badly(original: Original) -> Original:
 def _forget_a_kill(original: Original) -> Original:
     """Note that a task is to be killed, and tell nobody."""
 
-    def wrong(self: Scheduler, task: Task, kind: Any = None) -> None:
-        if task.lane is not None and task.doom is None and kind is None:
+    def wrong(self: Fates, task: Task, kind: OutcomeKind = OutcomeKind.KILLED) -> None:
+        if task.lane is not None and task.doom is None and kind is OutcomeKind.KILLED:
             task.doom = "killed"
-        elif kind is None:
-            original(self, task)
         else:
             original(self, task, kind)
 
@@ -260,7 +261,7 @@ def _forget_a_kill(original: Original) -> Original:
 def _lose_on_return(original: Original) -> Original:
     """Take a node's unacknowledged outcomes for tasks that never arrived."""
 
-    def wrong(self: Scheduler, peer: Any, message: Any, now: float) -> None:
+    def wrong(self: Downlinks, peer: Any, message: Any, now: float) -> None:
         original(self, peer, type(message)(message.session, message.leases, []), now)
 
     return wrong
@@ -269,9 +270,9 @@ def _lose_on_return(original: Original) -> Original:
 def _run_a_duplicate(original: Original) -> Original:
     """Run a lease that is already held once more under another worker."""
 
-    def wrong(self: Scheduler, peer: Any, message: Run, now: float) -> None:
+    def wrong(self: Uplinks, peer: Any, message: Run, now: float) -> None:
         original(self, peer, message, now)
-        session = self._by_uplink.get((peer, message.session))
+        session = self.session(peer, message.session)
         task = session.tasks.get(message.seq) if session is not None else None
         if session is not None and task is not None and task.queued:
             session.queue_of(task).push(Task(task.run, session))
@@ -280,25 +281,53 @@ def _run_a_duplicate(original: Original) -> Original:
 
 
 PLANTED_BY_THE_ISSUE = [
-    Mutant(Scheduler, "_on_ack", _drop_an_ack),
+    Mutant(Uplinks, "_on_ack", _drop_an_ack),
     Mutant(Placement, "_lease", _double_a_lease),
     Mutant(Placement, "reindex", _leak_a_slot),
     Mutant(Placement, "requeue", _forget_a_requeue),
     Mutant(Fates, "late", _accept_a_stale_attempt, STORM),
 ]
 
+def _acknowledge_at_once(original: Original) -> Original:
+    """Acknowledge outcomes before they are recorded."""
+
+    def wrong(self: Scheduler, lane: Lane, message: Outcome, acks: Any, now: float) -> None:
+        original(self, lane, message, acks, now)
+        if lane.session.is_durable:
+            self.acknowledge(lane.session, [message.seq])
+
+    return wrong
+
+
+def _wait_for_nobody(original: Original) -> Original:
+    """Hand recovered tasks out before nodes have said what they hold."""
+
+    def wrong(self: Recovery, session: Session, tasks: Any, parked: Any, awaited: Any, *more: Any) -> None:
+        original(self, session, tasks, parked, [], *more)
+
+    return wrong
+
+
+def _recognise_nothing(original: Original) -> Original:
+    """Drop what nodes hold since an earlier life."""
+    return lambda self, lane, task, attempt: False
+
+
 MORE = [
+    Mutant(Scheduler, "_on_outcome", _acknowledge_at_once, SHORT_CUTS),
+    Mutant(Recovery, "recover", _wait_for_nobody, SHORT_CUTS),
+    Mutant(Recovery, "recognises", _recognise_nothing, SHORT_CUTS),
     Mutant(Fates, "died", _charge_nothing),
     Mutant(Placement, "adopt", _charge_twice, STORM),
     Mutant(Scheduler, "worker_gone", _requeue_what_died),
     Mutant(Placement, "taken_back", _take_back_what_runs),
-    Mutant(Scheduler, "_on_resume", _keep_what_was_dropped, STORM),
+    Mutant(Uplinks, "_on_resume", _keep_what_was_dropped, STORM),
     Mutant(Placement, "revoke", _revoke_only_once),
     Mutant(shares, "regrant", _promise_too_much),
     Mutant(Lane, "has_room", _ignore_the_window),
-    Mutant(Scheduler, "_touch", _forget_to_refill),
+    Mutant(Placement, "touch", _forget_to_refill),
     Mutant(Queue, "discard", _count_badly),
-    Mutant(Scheduler, "kill", _forget_a_kill),
-    Mutant(Scheduler, "_on_held", _lose_on_return),
-    Mutant(Scheduler, "_on_run", _run_a_duplicate),
+    Mutant(Fates, "kill", _forget_a_kill),
+    Mutant(Downlinks, "_on_held", _lose_on_return),
+    Mutant(Uplinks, "_on_run", _run_a_duplicate),
 ]

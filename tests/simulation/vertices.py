@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from distexec.ledger import Session, Task
-from distexec.messages import BlobRef, Define, Message, Open, Options, Run, SessionSpec
+from distexec.messages import BlobRef, Define, Lost, Message, Open, Options, Outcome, Run, SessionSpec
 from distexec.scheduler import Scheduler
 
 from .workers import Pool
@@ -29,6 +29,7 @@ class Vertex:
         self.life = 0
         self.is_alive = False
         self.is_draining = False
+        self.fails = 0.0  # probability that a task which runs here kills its worker
         self.lines: list[Line] = []  # to vertices above
         self.cables: list[Cable] = []  # to vertices below
         self.pool: Pool
@@ -217,10 +218,14 @@ class Root(Vertex):
     def boot(self) -> None:
         """Begin the only life, with the session."""
         super().boot()
+        self.session = self._open()
+
+    def _open(self) -> Session:
         spec = SessionSpec(max_tasks_per_child=self.max_tasks_per_child) if self.max_tasks_per_child else NO_SPEC
         token = self.world.random.randbytes(16)
         opened = Open(0, token, token, self.weight, self.ceiling, spec)
-        self.session = self.act(self.scheduler.open_session, opened, None, self.world.now)
+        session: Session = self.act(self.scheduler.open_session, opened, None, self.world.now)
+        return session
 
     def submit(
         self,
@@ -274,13 +279,17 @@ class Root(Vertex):
 
     def _conclude(self) -> None:
         for task, end in self.scheduler.take_ended():
-            call: Call = task.owner
-            self.world.observer.on_end(call, task, end)
-            call.end = end
-            self.ended += 1
-            del self.open_calls[call.seq]
+            self.end(task, end)
         for _, peer, _ in self.scheduler.take_failures():
             self.failed_nodes.append(peer)
+
+    def end(self, task: Task, end: Outcome | Lost) -> None:
+        """End a call."""
+        call: Call = task.owner
+        self.world.observer.on_end(call, task, end)
+        call.end = end
+        self.ended += 1
+        del self.open_calls[call.seq]
 
     def close(self) -> None:
         """Shut down."""

@@ -198,6 +198,10 @@ class Worker:
         execution = self.running = Execution(call, run.attempt, self)
         world.observer.on_begin(execution)
         call.begun += 1
+        fails = self.pool.vertex.fails
+        if fails and world.random.random() < fails:
+            world.after(call.duration_s * world.random.random(), self._die_of, execution)
+            return
         world.after(call.duration_s, self._end, execution, run)
 
     def _end(self, execution: Execution, run: Run) -> None:
@@ -214,6 +218,10 @@ class Worker:
         self._go_on()
 
     # ---- death
+
+    def _die_of(self, execution: Execution) -> None:
+        if self.running is execution:
+            self.die()
 
     def end_life(self) -> None:
         """Stop existing; what was not sent is lost."""

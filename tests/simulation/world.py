@@ -38,6 +38,7 @@ class Call:
         "discarded",
         "duration_s",
         "end",
+        "excused",
         "fn",
         "is_error",
         "killed_at",
@@ -57,6 +58,7 @@ class Call:
         self.retries, self.is_error = retries, is_error
         self.task: Task
         self.begun = 0  # executions that began
+        self.excused = 0  # executions more that a death of its root may cost
         self.unsent = 0  # executions that ended, but whose outcome died with their worker
         self.killed_at: float | None = None  # when its end was asked for first
         self.told: set[int] = set()  # attempts whose outcome left the worker
@@ -208,6 +210,7 @@ class Downlink:
         self.line: Line | None = None
         self.is_closed = False
         self.has_said_bye = False
+        self.is_expected = False  # it may hold tasks of an earlier life of its owner
         self.heard: deque[Message] = deque(maxlen=20)  # ends of tasks
         self.ghosts: deque[Message] = deque(maxlen=20)  # ends that were under way when a line was cut
         self._known_life = 0  # of the node, as the scheduler has it; 0: it has not
@@ -231,7 +234,7 @@ class Downlink:
             return
         if self.cable.is_whole:  # the machine answers: nobody listens there
             self._refusals += 1
-            if self._refusals >= REFUSALS_FOR_PROOF and self._known_life:
+            if self._refusals >= REFUSALS_FOR_PROOF and (self._known_life or self.is_expected):
                 self._lose("its process is gone")
         self.world.after(self.world.uniform((0.01, 0.15)), self.dial)
 
@@ -268,6 +271,7 @@ class Downlink:
 
     def _lose(self, reason: str) -> None:
         self._known_life = 0
+        self.is_expected = False
         self.owner.act(self.owner.scheduler.node_lost, self, Evidence(self.cable.down.name, reason=reason), self.world.now)
 
     def leave(self) -> None:

@@ -159,6 +159,11 @@ def start_children(directory: str) -> None:
         child.wait()
 
 
+def abandon_a_child() -> int:
+    """Start a process in a session of its own, and give its pid without waiting for it."""
+    return subprocess.Popen(["sleep", "1000"], start_new_session=True).pid
+
+
 def say(text: str, error: str = "") -> None:
     """Print in every way there is: through Python, to the descriptor, from a child process."""
     print(f"print {text}")

@@ -48,6 +48,8 @@ def refused(*arguments: str, home: Path, secret: str | None = SECRET) -> tuple[i
     (["--slots", "-999"], "--slots -999 leaves no slot"),
     (["--slots", "many"], "invalid int value"),
     (["--drain", "-1"], "--drain must be 0 or more"),
+    (["--memory-limit", "lots"], "--memory-limit.*500M"),
+    (["--memory-limit", ""], "--memory-limit.*500M"),
     (["--spool", "/no/such/directory"], "/no/such/directory.*make it"),
     (["--secret-file", "/no/such/file"], "/no/such/file"),
     (["--listen", "127.0.0.1:port"], "127.0.0.1:port"),

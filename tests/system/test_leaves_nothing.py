@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -77,6 +78,22 @@ def test_worker_and_template_killed_together(make: Make, tmp_path: Path) -> None
             each.kill()
         deeds.let_go(tmp_path)
         assert [future.result(WAIT_S) for future in futures] == [0, 1]
+
+
+def test_template_of_an_agent_killed(tmp_path: Path) -> None:
+    """A template killed on an agent takes along even what tasks left in sessions of their own, which nobody watches then."""
+    with AgentProcess(slots=1) as agent, ClusterExecutor(nodes=[agent.address], secret=agent.secret, retries=1) as executor:
+        stray = executor.submit(deeds.abandon_a_child).result(WAIT_S)
+        [template] = psutil.Process(agent.process.pid).children()
+        os.kill(psutil.Process(stray).ppid(), signal.SIGKILL)
+        assert wait_until(lambda: psutil.Process(stray).ppid() == template.pid, WAIT_S)
+        held = executor.submit(deeds.hold, str(tmp_path), "held")
+        assert wait_until(lambda: deeds.notes(tmp_path), WAIT_S)
+        template.kill()
+        assert wait_until(lambda: is_gone(stray), WAIT_S)
+        deeds.let_go(tmp_path)
+        assert held.result(WAIT_S) == "held"
+        assert wait_until(lambda: len(psutil.Process(agent.process.pid).children()) == 1, WAIT_S), "zombies stay"
 
 
 def test_many_executors(make: Make) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -100,3 +101,49 @@ def test_redirected_streams(shared_agent: AgentProcess) -> None:
     out, _ = run(shared_agent, "import io; sys.stdout = box = io.StringIO(); executor.submit(deeds.say, 'a').result(); "
                                "sys.stdout = sys.__stdout__; print(repr(box.getvalue()))")
     assert out == repr("print a\nwrite a\necho a\n") + "\n"
+
+
+READERLESS = """
+import sys
+from tests.system import deeds
+from distexec import ClusterExecutor
+with ClusterExecutor(nodes=[{address!r}], secret={secret!r}) as executor:
+    assert executor.submit(print, "x" * 1_000_000).result() is None
+    assert list(executor.map(deeds.double, range(100))) == [2 * number for number in range(100)]
+    deeds.note(sys.argv[1], "all results are here")
+deeds.note(sys.argv[1], "left the block")
+"""
+
+
+def start_readerless(agent: AgentProcess, directory: Path) -> subprocess.Popen[bytes]:
+    """Start a program that prints a megabyte into a pipe that nobody reads; all its results are there when this returns."""
+    code = READERLESS.format(address=agent.address, secret=agent.secret)
+    program = subprocess.Popen([sys.executable, "-c", code, str(directory)], cwd=ROOT, stdout=subprocess.PIPE,
+                               stderr=subprocess.DEVNULL)
+    try:
+        assert wait_until(lambda: deeds.notes(directory), 20), "no result without a reader"
+    except BaseException:
+        program.kill()
+        program.communicate()
+        raise
+    return program
+
+
+def test_a_reader_that_waits_keeps_no_result(shared_agent: AgentProcess, tmp_path: Path) -> None:
+    """Nobody reads the program's output → all results come all the same; who reads at last gets every byte."""
+    program = start_readerless(shared_agent, tmp_path)
+    assert not wait_until(lambda: len(deeds.notes(tmp_path)) > 1, 0.5), "it did not wait for its reader"
+    out, _ = program.communicate(timeout=30)
+    assert out == b"x" * 1_000_000 + b"\n"
+    assert program.returncode == 0
+
+
+def test_ctrl_c_does_not_wait_for_the_reader(shared_agent: AgentProcess, tmp_path: Path) -> None:
+    """Ctrl-C while the program waits for who reads its output → it ends."""
+    program = start_readerless(shared_agent, tmp_path)
+    try:
+        program.send_signal(signal.SIGINT)
+        assert program.wait(20) != 0
+    finally:
+        program.kill()
+        program.communicate()

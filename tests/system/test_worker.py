@@ -329,8 +329,40 @@ def test_worker_ends_with_its_pool(bare: Bare, tmp_path: Path) -> None:
 
 
 def test_crash_is_explained(bare: Bare) -> None:
-    """A fatal signal leaves the Python stack on stderr."""
+    """A fatal signal leaves the Python stack on the page, and what was printed before it."""
+    bare.ask(print_error, "last words")
     bare.send(*bare.call(os.kill, bare.process.pid, signal.SIGSEGV))
     code, _, err = bare.end() if bare.process.wait(30) else (0, b"", b"")
-    assert code == -signal.SIGSEGV
-    assert b"Segmentation fault" in err
+    assert (code, err) == (-signal.SIGSEGV, b"last words\n")
+    assert bare.page.words.printed == "last words\n"
+    assert "Segmentation fault" in bare.page.words.stacks
+
+
+def print_error(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def test_childs_crash_is_its_own(bare: Bare) -> None:
+    """A child that a task forks tells its crash where its parent prints, and leaves nothing on the page."""
+    assert bare.ask(crash_in_child) == -signal.SIGSEGV
+    _, _, err = bare.end()
+    assert b"printed by a child\nFatal Python error: Segmentation fault" in err
+    assert (bare.page.words.printed, bare.page.words.stacks) == ("", "")
+
+
+def crash_in_child() -> int:
+    child = os.fork()
+    if child == 0:
+        print("printed by a child", file=sys.stderr)
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_stderr_is_what_it_was(bare: Bare) -> None:
+    """sys.stderr of a task is the descriptor that every program has, with its encoding and line by line."""
+    assert bare.ask(describe_stderr) == (2, False, sys.__stderr__.encoding, "backslashreplace", True)
+
+
+def describe_stderr() -> tuple[object, ...]:
+    stream = sys.stderr
+    return stream.fileno(), stream.isatty(), stream.encoding, stream.errors, stream.line_buffering

@@ -40,6 +40,35 @@ def test_it_has_every_attribute_of_its_parent() -> None:
     assert {name for name in vars(theirs) if not hasattr(ours, name)} == set()
 
 
+def test_no_condition_is_made_to_withdraw_what_nobody_watches() -> None:
+    """cancel, of a future that nobody waits for: withdrawn once, told to whoever comes later, never claimed."""
+    future, task, executor = _bound()
+    assert future.cancel()
+    assert future._cond is None
+    assert executor.withdrawn == [task]
+    assert not future.claim()
+    seen: list[Any] = []
+    future.add_done_callback(seen.append)
+    assert seen == [future]
+    assert wait([future], 0).done == {future}
+    assert future.cancel()
+    assert executor.withdrawn == [task]
+    with pytest.raises(CancelledError):
+        future.result(0)
+
+
+def test_who_watches_is_told_of_a_withdrawal() -> None:
+    """cancel, of a future with a callback and somebody who waits: both hear of it, once."""
+    future, task, executor = _bound()
+    seen: list[Any] = []
+    future.add_done_callback(seen.append)
+    assert future.cancel()
+    assert future.cancel()
+    assert seen == [future]
+    assert executor.withdrawn == [task]
+    assert next(iter(as_completed([future], 0))) is future
+
+
 def test_no_condition_is_made_while_nobody_waits() -> None:
     """claim → conclude → result: no Condition comes into being."""
     future, _, _ = _bound()
@@ -170,3 +199,11 @@ def test_a_race_of_cancel_and_claim_has_one_winner() -> None:
             won.append("claim")
         thread.join()
         assert len(won) == 1
+
+
+def test_claim_after_cancel() -> None:
+    """A future that was withdrawn while nobody watched it is never handed out."""
+    future: ClusterFuture[int] = ClusterFuture()
+    assert future.cancel()
+    assert not future.claim()
+    assert future.cancelled()

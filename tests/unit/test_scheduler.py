@@ -575,6 +575,28 @@ def test_an_orphaned_session_ends_after_its_grace() -> None:
     assert not agent.scheduler.sessions
 
 
+def test_who_stood_still_gives_nobody_up() -> None:
+    """Link cut, then this process is stopped for longer than its patience → the clocks begin anew, for nodes and clients."""
+    root = Script()
+    root.join("n1", 1)
+    root.submit()
+    root.heard()
+    root.scheduler.node_suspended("n1", 1.0)
+    root.scheduler.stood_still(100.0)
+    root.scheduler.tick(100.0)
+    root.scheduler.tick(114.0)
+    assert root.scheduler.leases_of("n1") == 1
+    root.scheduler.tick(116.0)
+    assert root.scheduler.leases_of("n1") == 0
+    agent = with_workers("w1", upstream=LINK)
+    agent.scheduler.upstream_lost(LINK, 1.0)
+    agent.scheduler.stood_still(100.0)
+    agent.scheduler.tick(129.0)
+    assert agent.scheduler.sessions
+    agent.scheduler.tick(131.0)
+    assert not agent.scheduler.sessions
+
+
 def test_a_drained_node_stays_drained_through_reconnects() -> None:
     """drain → its unstarted tasks are recalled, nothing new is leased; a cut does not change that."""
     root = Script()

@@ -1,0 +1,98 @@
+"""What a root's calls are made of: functions by number, buffers put by, and room for a limited number of them.
+
+Rule: a function that goes by the same bytes has one number for as long as it is known; large buffers are copied once.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Sequence
+
+from .messages import MAX_INLINE_BYTES, BlobRef, Buffers, Define
+from .shipping import BlobStore
+
+MAX_FUNCTIONS = 4096
+"""Functions kept known to workers though no task names them. Smaller: code is sent again. Larger: memory everywhere."""
+
+
+class Code:
+    """The functions of a session by the key of their pickle; `forget` is called when they have become too many.
+
+    It takes from what it is given those that no task names, and gives them back.
+    """
+
+    def __init__(self, session: int, store: BlobStore, last_number: int,
+                 forget: Callable[[dict[bytes, Define]], list[Define]]) -> None:
+        self.known: dict[bytes, Define] = {}
+        self._session, self._store, self._forget = session, store, forget
+        self._numbers = itertools.count(last_number + 1)
+        self._limit = MAX_FUNCTIONS
+        self._lock = threading.Lock()  # guards all of these; reading `known` needs none
+
+    def define(self, key: bytes, code: bytes, views: Sequence[memoryview]) -> Define:
+        """Give the definition of a function, a new one if need be. Raises OSError if there is no memory for its buffers."""
+        with self._lock:
+            known = self.known.get(key)
+            if known is not None:
+                return known
+            if views or len(code) > MAX_INLINE_BYTES:
+                code, buffers = put_by(self._store, code, views)
+            else:
+                buffers = ()
+            definition = Define(self._session, next(self._numbers), code, buffers)
+            self.known[key] = definition
+            if len(self.known) > self._limit:
+                gone = self._forget(self.known)
+                self._limit = max(MAX_FUNCTIONS, 2 * len(self.known))
+                for each in gone:
+                    release(self._store, each.buffers)
+            return definition
+
+
+def put_by(store: BlobStore, data: bytes, views: Sequence[memoryview]) -> tuple[bytes, Buffers]:
+    """Copy buffers once: small ones into the message, large ones (and a large pickle, then first) into the store."""
+    kept: list[bytes | BlobRef] = []
+    try:
+        if len(data) > MAX_INLINE_BYTES:
+            kept.append(store.put(data))
+            data = b""
+        inline = MAX_INLINE_BYTES - len(data)
+        for view in views:
+            if view.nbytes > inline:
+                kept.append(store.put(view))
+            else:
+                kept.append(bytes(view))
+                inline -= view.nbytes
+    except BaseException:  # no memory for one of them: the call fails, and none is kept
+        release(store, kept)
+        raise
+    return data, tuple(kept)
+
+
+def release(store: BlobStore, buffers: Sequence[bytes | BlobRef]) -> None:
+    """Let go of the buffers that are in the store."""
+    for buffer in buffers:
+        if isinstance(buffer, BlobRef):
+            store.release(buffer)
+
+
+class Room:
+    """Makes `submit` wait while `limit` tasks are pending."""
+
+    def __init__(self, limit: int) -> None:
+        self._left = limit  # below 0 by what came in without waiting
+        self._changed = threading.Condition()
+
+    def enter(self, *, may_wait: bool) -> None:
+        """Take a place, free or not if the caller may not wait: a callback on the I/O thread, which alone can make room."""
+        with self._changed:
+            if may_wait:
+                self._changed.wait_for(lambda: self._left > 0)
+            self._left -= 1
+
+    def leave(self) -> None:
+        """Give a place back."""
+        with self._changed:
+            self._left += 1
+            self._changed.notify()
