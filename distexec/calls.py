@@ -40,14 +40,26 @@ class Code:
                 code, buffers = put_by(self._store, code, views)
             else:
                 buffers = ()
-            definition = Define(self._session, next(self._numbers), code, buffers)
-            self.known[key] = definition
-            if len(self.known) > self._limit:
-                gone = self._forget(self.known)
-                self._limit = max(MAX_FUNCTIONS, 2 * len(self.known))
-                for each in gone:
-                    release(self._store, each.buffers)
-            return definition
+            return self._add(key, Define(self._session, next(self._numbers), code, buffers))
+
+
+    def take_over(self, key: bytes, code: bytes, buffers: Buffers) -> Define:
+        """Give the definition of a function as it came from elsewhere, its buffers, for a new one, being in the store."""
+        with self._lock:
+            known = self.known.get(key)
+            if known is None:
+                return self._add(key, Define(self._session, next(self._numbers), code, buffers))
+        release(self._store, buffers)
+        return known
+
+    def _add(self, key: bytes, definition: Define) -> Define:
+        self.known[key] = definition
+        if len(self.known) > self._limit:
+            gone = self._forget(self.known)
+            self._limit = max(MAX_FUNCTIONS, 2 * len(self.known))
+            for each in gone:
+                release(self._store, each.buffers)
+        return definition
 
 
 def put_by(store: BlobStore, data: bytes, views: Sequence[memoryview]) -> tuple[bytes, Buffers]:

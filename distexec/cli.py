@@ -106,8 +106,10 @@ def _run_agent(options: argparse.Namespace) -> int:
     with spool(_spool_parent(options.spool)) as directory:
         agent = Agent(secret, slots, options.name, directory, stop.set, _memory_limit(options.memory_limit))
         try:
+            _obey(agent, options, stop)
             _start(agent, addresses, is_default=not options.listen)
-            _serve(agent, options, stop)
+            while not stop.wait(SIGNAL_S):
+                pass  # the kernel may give a signal to another thread: we act on it only when we wake
         finally:
             agent.close()
     return 0
@@ -131,8 +133,8 @@ def _has_v6() -> bool:
     return socket.has_ipv6 and os.path.exists("/proc/net/if_inet6")
 
 
-def _serve(agent: Any, options: argparse.Namespace, stop: threading.Event) -> None:
-    """Wait for the end: SIGTERM drains, a second one (or Ctrl-C) stops at once."""
+def _obey(agent: Any, options: argparse.Namespace, stop: threading.Event) -> None:
+    """Have SIGTERM drain, a second one (or Ctrl-C) stop at once: before anybody is told that the agent is there."""
     asked = 0
 
     def on_signal(number: int, _frame: object) -> None:
@@ -149,8 +151,6 @@ def _serve(agent: Any, options: argparse.Namespace, stop: threading.Event) -> No
         signal.signal(number, on_signal)
     if options.once:
         agent.on_last_client_gone = stop.set
-    while not stop.wait(SIGNAL_S):
-        pass  # the kernel may give a signal to another thread: we act on it only when we wake
 
 
 def _slots(wanted: int | None, cpus: int) -> int:
@@ -291,15 +291,20 @@ def _recover(options: argparse.Namespace) -> int:
 
 def _drop(options: argparse.Namespace) -> int:
     from .reopening import drop
+    _check_timeout(options)
     lines, is_complete = drop(options.journal, load_secret(None, options.secret_file), options.timeout)
     print("\n".join(lines))
     return 0 if is_complete else 1
 
 
-def _targets(options: argparse.Namespace) -> tuple[list[tuple[str, Any]], Secret]:
-    """Give the nodes that were named, resolved, and the secret they want."""
+def _check_timeout(options: argparse.Namespace) -> None:
     if not options.timeout > 0:
         raise UsageError(f"--timeout must be more than 0 seconds, not {options.timeout:g}")
+
+
+def _targets(options: argparse.Namespace) -> tuple[list[tuple[str, Any]], Secret]:
+    """Give the nodes that were named, resolved, and the secret they want."""
+    _check_timeout(options)
     addresses = options.nodes or [part.strip() for part in os.environ.get("DISTEXEC_NODES", "localhost").split(",")]
     secret = load_secret(None, options.secret_file)
     if secret is None:

@@ -52,5 +52,8 @@ def _drop(holder: Holder, link: Link, message: Drop) -> int:
         return -1
     with holder.dispatcher.lock:
         count = len(tenancy.session.tasks) + len(tenancy.session.unacked)
+    client = tenancy.session.upstream
     holder.dispatcher.call(holder.scheduler.close_session, tenancy.session)
+    if client is not None:  # it would wait for ever: so it opens its sessions again, and learns which of them is new
+        client.link.close("a session was dropped by who has its token")
     return count

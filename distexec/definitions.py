@@ -11,7 +11,6 @@ that cannot do is pickled as for sending.
 
 from __future__ import annotations
 
-import itertools
 import pickle
 import types
 from abc import ABCMeta, _get_dump  # type: ignore[attr-defined]
@@ -33,13 +32,6 @@ KEPT_PAYLOADS = 1024
 Packed = tuple[bytes, list[memoryview]]
 Needs = dict[str, Namespace]
 _UNBOUND = object()
-_versions = itertools.count(1)  # of all sessions, so that none can be mistaken for an older one
-
-
-def begin_life(life: int) -> None:
-    """Go on with a session whose workers may know definitions of `life` earlier lives of its client."""
-    global _versions
-    _versions = itertools.count(max(next(_versions), mainmodule.VERSIONS_PER_LIFE * life + 1))
 
 
 @dataclass(slots=True)
@@ -80,7 +72,8 @@ class Definitions:
     threads look at a changing global at once, the later to finish wins, and the next look puts it right.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_nested: bool = False) -> None:
+        self._is_nested = is_nested  # made in a worker: the client alone changes globals where they are bound already
         self._scope = MainScope()
         self._globals: dict[str, _Global] = {}
         self._functions: dict[int, _Function] = {}  # by id
@@ -165,6 +158,8 @@ class Definitions:
             if item.data is None and item.name in needs:
                 raise _unsendable(item, relied_on)
         definitions = [item.define(_problem(item, relied_on) if item.data is None else "") for item in items]
+        if self._is_nested:
+            definitions = [each._replace(version=0, is_first=True) for each in definitions]
         bundle = mainmodule.pack_bundle(definitions, data)
         return (bundle, [buffer for item in items for buffer in item.buffers] + buffers,
                 {item.name: item.version for item in items})
@@ -202,7 +197,7 @@ class Definitions:
         if known is not item and known.digest == item.digest:
             item.version, item.is_first = known.version, known.is_first
         else:
-            item.version, item.is_first = next(_versions), known is item
+            item.version, item.is_first = mainmodule.next_version(), known is item
         self._globals[name] = item if not item.buffers else _without_buffers(item)
         return item
 

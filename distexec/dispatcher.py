@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+from .kin import News
 from .ledger import EndSession, KillWorker, PoolAction, Revoke, Session, StartWorker, StopWorker, Task
 from .messages import Ack, Define, Lost, Message, Outcome, SessionFailed
 from .scheduler import Scheduler
@@ -86,18 +87,21 @@ class Dispatcher:
         scheduler: made by the caller; from now on touched only with this dispatcher's lock.
         on_ended: the root's owner of tasks: gets [(task, Outcome | Lost)], in any thread, without the lock.
         on_failure: gets (session, peer or None, SessionFailed) at the root.
+        on_kin: gets what is to be done about nested calls, before the ends that came with it.
         on_session_end: gets the session whose workers are to be stopped, and whether tasks of it were left.
     """
 
     def __init__(self, loop: Loop, scheduler: Scheduler, *,
                  on_ended: Callable[[list[tuple[Task, Outcome | Lost]]], object] | None = None,
                  on_failure: Callable[[Session, Any, SessionFailed], object] | None = None,
-                 on_session_end: Callable[[Session, bool], object] | None = None) -> None:
+                 on_session_end: Callable[[Session, bool], object] | None = None,
+                 on_kin: Callable[[list[News]], object] | None = None) -> None:
         self.loop = loop
         self.scheduler = scheduler
         self.lock = threading.Lock()  # guards `scheduler`, `_is_ticking`, `_submitted_at`, `_burst`, `_late`
         self.staff: dict[Session, Staff] = {}
         self._on_ended, self._on_failure, self._on_session_end = on_ended, on_failure, on_session_end
+        self._on_kin = on_kin
         self._is_ticking = False
         self._is_closed = False
         self._submitted_at = 0.0
@@ -194,8 +198,11 @@ class Dispatcher:
             scheduler.receive(peer, messages, time.monotonic())
             out, ended = scheduler.take(), scheduler.take_ended()
             ports = self._put_in_line(out) if out else ()
+            news = scheduler.take_kin() if scheduler.kin.news else None
         for port in ports:
             port.flush()
+        if news and self._on_kin is not None:
+            self._on_kin(news)  # first: who made a call and then ended shall not be the last
         if ended and self._on_ended is not None:
             self._on_ended(ended)  # before what nobody waits for
         with self.lock:
@@ -247,7 +254,7 @@ class Dispatcher:
         for port in ports:
             port.flush()
 
-    def _rest(self) -> tuple[list[PoolAction], list[Any], list[Any], bool] | None:
+    def _rest(self) -> tuple[list[PoolAction], list[Any], list[Any], bool, list[News]] | None:
         """Collect what is left to do without the lock. With the lock held."""
         scheduler = self.scheduler
         arm = not self._is_ticking and scheduler.needs_tick()
@@ -256,13 +263,17 @@ class Dispatcher:
         elif not scheduler.has_news:
             return None
         actions, ended, failures = scheduler.take_pool(), scheduler.take_ended(), scheduler.take_failures()
-        return (actions, ended, failures, arm) if actions or ended or failures or arm else None
+        news = scheduler.take_kin()
+        return (actions, ended, failures, arm, news) if actions or ended or failures or arm or news else None
 
-    def _carry_out(self, actions: list[PoolAction], ended: list[Any], failures: list[Any], arm: bool) -> None:
+    def _carry_out(self, actions: list[PoolAction], ended: list[Any], failures: list[Any], arm: bool,
+                   news: list[News]) -> None:
         for action in actions:
             self._act(action)
         if arm:
             self.loop.call_later(TICK_S, self._tick)
+        if news and self._on_kin is not None:
+            self._on_kin(news)
         if ended and self._on_ended is not None:
             self._on_ended(ended)
         for session, peer, failure in failures:

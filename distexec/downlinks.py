@@ -165,6 +165,7 @@ class Downlinks:
                if not (self._is_held_for(lane, seq, attempt) or self._fates.is_unrecorded(lane, seq, attempt))]
         self._place.out.append((peer, Resume(lane.session.no, drop, ack)))
         self._resume(lane)
+        self._fates.kin.answer_again(lane)
         self._place.touched[lane.session] = None
         self._recovery.heard(lane.session, peer, now)
         for task in list(lane.leases.values()):

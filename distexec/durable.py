@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import msgspec
 
+from . import mainmodule
 from .errors import DistexecError, JournalError
 from .future import ClusterFuture, Control
 from .journal import CANCELLED, LOST, Function, Journal, NodeRow, Result, Submission
@@ -69,7 +70,11 @@ class _Known(NamedTuple):
 
 
 class _Withdrawn(NamedTuple):
+    """A call that was cancelled before it was handed out."""
+
     task: Task
+    is_recorded: bool  # as cancelled
+    lets_go: bool  # of its blobs, which until here the journal may still have to write
 
 
 class _Wanted(NamedTuple):
@@ -99,6 +104,12 @@ class Owner(Control, Protocol):
     def end_unsent(self, tasks: Sequence[Task]) -> None:
         """End what cannot be handed out any more."""
 
+    def check_open(self) -> None:
+        """Raise what `submit` raises if nothing is taken any more."""
+
+    def let_go(self, task: Task) -> None:
+        """Let go of a task's blobs and of its place among the pending."""
+
     def settled(self) -> None:
         """Learn that less is unsettled."""
 
@@ -117,8 +128,7 @@ def begin_life(journal: Journal, spec: SessionSpec, name: str) -> Identity:
         identity = Identity(journal.get("id"), token, journal.get("life") + 1)
         journal.set(life=identity.life)
     if identity.life:
-        from .definitions import begin_life as number_definitions
-        number_definitions(identity.life)
+        mainmodule.begin_life(identity.life)
     return identity
 
 
@@ -173,14 +183,14 @@ class Recorder:
         # The first thing the I/O thread does: from now on workers can be had.
         root.loop.call_soon(root.dispatcher.call, root.scheduler.recovery.heard, root.session, self)
 
-    def close(self, *, is_over: bool) -> None:
-        """Settle what is left and let go of the journal. `is_over`: nodes hold nothing of the session any more."""
+    def close(self, *, is_over: bool, away: Sequence[str] = ()) -> None:
+        """Settle what is left and let go of the journal. `is_over`: only nodes `away` may hold something of the session."""
         if self._is_started:
             self._queue.put(None)
             self._thread.join()
         try:
             if is_over and self._error is None and not self._live:
-                self._journal.free_nodes()
+                self._journal.free_nodes(away)
         except JournalError as error:
             _log.error("distexec: %s", error)
         finally:
@@ -215,8 +225,9 @@ class Recorder:
         return self._left
 
     def use_nodes(self, nodes: Iterable[tuple[str, int | None]]) -> None:
-        """Record nodes before anything is given to them."""
+        """Record nodes before anything is given to them. Raises RuntimeError after shutdown."""
         rows = [NodeRow(address, slots, True) for address, slots in nodes]
+        self._root.check_open()
         if not self._is_started:
             self._journal.set_nodes(rows)
             return
@@ -232,7 +243,14 @@ class Recorder:
         if self.is_current():  # a callback: nobody else could do it
             record()
         else:
-            self._put(record, 1)
+            with self._lock:
+                self._left += 1  # first: from here on the thread stays, or the root was closed before
+            try:
+                self._root.check_open()
+            except BaseException:
+                self._settled(1)
+                raise
+            self._queue.put(record)
             done.wait()
 
     def how_to_go_on(self) -> str:
@@ -257,6 +275,7 @@ class Recorder:
         future: ClusterFuture[Any] = ClusterFuture()
         item: Any = None
         try:
+            self._root.check_open()  # again: to name the call may have taken long, and the thread may have ended since
             if live is not None and not live[1].owner.done():  # else it was withdrawn, or ended by what is not recorded
                 return self._join(live[1])
             if known is not None and known.kind in _REUSABLE:
@@ -294,9 +313,8 @@ class Recorder:
         return future
 
     def withdrawn(self, task: Task) -> None:
-        """Record that a call was cancelled before it was handed out."""
-        if not self._is_detached and self._error is None:
-            self._put(_Withdrawn(task), 1)
+        """Record that a call was cancelled before it was handed out, and let go of it."""
+        self._put(_Withdrawn(task, not self._is_detached and self._error is None, True), 1)
 
     def ended(self, ended: list[tuple[Task, Outcome | Lost]]) -> None:
         """Record outcomes, then conclude their futures."""
@@ -329,9 +347,10 @@ class Recorder:
             if items:
                 try:
                     self._settle(items)
-                except Exception as error:  # a mistake of ours: nobody may wait for ever
+                except BaseException as error:  # a mistake of ours: nobody may wait for ever
                     _log.exception("distexec: the journal's thread failed")
                     self._fail(error)
+                    self._root.end_unsent([item[0] for item in items if type(item) is tuple and not item[0].owner.done()])
                 finally:
                     self._settled(sum(len(item) if type(item) is list else 1 for item in items))
 
@@ -349,7 +368,8 @@ class Recorder:
                 ended += item
                 results += map(_result, item)
             elif type(item) is _Withdrawn:
-                results.append(Result(item.task.run.seq, CANCELLED, b"", (), 0, "", 0))
+                if item.is_recorded:
+                    results.append(Result(item.task.run.seq, CANCELLED, b"", (), 0, "", 0))
                 others.append(item)
             elif type(item) is _Wanted:
                 wanted.append(item)
@@ -367,6 +387,8 @@ class Recorder:
         for item in others:
             if type(item) is not _Withdrawn:
                 item()
+            elif item.lets_go:
+                self._root.let_go(item.task)
 
     def _write(self, calls: list[tuple[Task, Define, bytes]], results: list[Result]) -> None:
         functions = {definition.fn: Function(definition.fn, definition.data, definition.buffers)
@@ -401,7 +423,9 @@ class Recorder:
         """Give recorded calls to the dispatcher, in order, those of one function together."""
         if self.cancels:
             for task, _, _ in calls:
-                task.owner.cancel()
+                if task.owner.cancel():
+                    # Now: it may be the last thing that keeps the root from closing.
+                    self._put(_Withdrawn(task, True, False), 1)
             return
         dispatcher = self._root.dispatcher
         at = 0
@@ -410,9 +434,10 @@ class Recorder:
             end = at + 1
             while end < len(calls) and calls[end][1] is definition:
                 end += 1
-            tasks = [call[0] for call in calls[at:end]]
-            is_taken = (dispatcher.submit(self, tasks[0], definition) if len(tasks) == 1
-                        else dispatcher.submit_many(self, tasks, definition))
+            # One that was withdrawn before it was handed out is not there to be discarded.
+            tasks = [call[0] for call in calls[at:end] if not call[0].owner.cancelled()]
+            is_taken = not tasks or (dispatcher.submit(self, tasks[0], definition) if len(tasks) == 1
+                                     else dispatcher.submit_many(self, tasks, definition))
             if not is_taken:
                 self._root.end_unsent(tasks)
             at = end
@@ -428,11 +453,15 @@ class Recorder:
         """Conclude futures as it was recorded."""
         try:
             results = self._journal.results([item.seq for item in wanted])
-            for item in wanted:
-                self._restore(item.future, results[item.seq])
         except JournalError as error:
             for item in wanted:
                 item.future.conclude(None, error)
+            return
+        for item in wanted:
+            try:
+                self._restore(item.future, results[item.seq])
+            except BaseException:  # SystemExit of a callback: the futures that come after this one must end all the same
+                _log.exception("distexec: a callback of %r wanted to end the thread", item.future)
 
     # ---- earlier lives
 

@@ -23,15 +23,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from . import __version__
 from .address import parse_address, resolve
-from .errors import WorkerLost
+from .errors import DistexecError, WorkerLost
 from .future import ClusterFuture
 from .mapping import Submissions, run_chunk
 from .messages import Options
+from .nested import homes, rejoin
 from .payload import CallPacker
 from .poolplan import PoolPlan
 from .report import ClusterStatus, NodeStatus
 from .root import Root, for_nodes
 from .supply import LOCAL
+from .taskoptions import TaskOptions, changed, check_kind
 
 if TYPE_CHECKING:
     from .durable import Recovered
@@ -57,22 +59,6 @@ class Reopening(NamedTuple):
 
     packer: CallPacker
     asks_all: bool = True  # send what no node has
-
-
-class TaskOptions(NamedTuple):
-    """What `options()` sets for the calls made through its view."""
-
-    retries: int | None = None
-    timeout_s: float | None = None
-    priority: int = 0
-    node: str = ""
-    key: str | None = None
-
-    def for_task(self, retries: int) -> Options | None:
-        """Give the part that travels with the task; None if there is nothing to say."""
-        if self.timeout_s is None and not self.priority and not self.node and retries:
-            return None
-        return Options(self.timeout_s or 0.0, self.priority, self.node, retries == 0)
 
 
 class _Submitter(Executor):
@@ -154,11 +140,14 @@ class _View(_Submitter):
 
     def options(self, **changes: Any) -> _View:
         """Return a view with more options changed."""
-        return _View(self._executor, _changed(self._options, **changes))
+        return _View(self._executor, changed(self._options, **changes))
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Shut down the executor behind this view."""
         self._executor.shutdown(wait, cancel_futures=cancel_futures)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return rejoin, (self._executor.label, tuple(self._options))
 
     def __repr__(self) -> str:
         return f"<view of {self._executor!r} with {self._options!r}>"
@@ -195,6 +184,7 @@ class ClusterExecutor(_Submitter):
 
     Raises ValueError or TypeError for arguments that cannot be meant: an address that does not parse or resolve, no secret
     for a remote node, a secret file that others can read, initargs that only inheritance carries beside a remote node.
+    JournalError if the journal cannot be used: in use, another's, open to others, damaged, of another version.
     """
 
     _reopens: Reopening | None = None  # made by `recover`: the journal says what is not given
@@ -267,6 +257,7 @@ class ClusterExecutor(_Submitter):
                 if spec.address in held]
             if root.recorder is not None:
                 root.recorder.take_up(nodes_before)
+            homes[root.label] = self
             undo.pop_all()
         if targets or self._reopens is not None:
             root.start()
@@ -292,6 +283,22 @@ class ClusterExecutor(_Submitter):
         executor._reopens = how
         executor.__init__(durable=path, **arguments)  # type: ignore[misc]
         return executor
+
+    # ---- inside tasks
+
+    @property
+    def label(self) -> str:
+        """What its session is called, in listings and by the tasks that use it. Raises DistexecError if they cannot."""
+        if self._root.recorder is not None:
+            raise DistexecError("a durable executor cannot be used inside its tasks: calls made there would not be recorded")
+        return self._root.label
+
+    def view(self, options: TaskOptions) -> _View:
+        """Return a view with exactly these options."""
+        return _View(self, options)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return rejoin, (self.label, tuple(_DEFAULT))
 
     # ---- the standard interface
 
@@ -351,7 +358,7 @@ class ClusterExecutor(_Submitter):
 
         Raises ValueError for a negative number of retries or a timeout that is not positive.
         """
-        return _View(self, _changed(_DEFAULT, retries=retries, timeout=timeout, priority=priority, node=node, key=key))
+        return _View(self, changed(_DEFAULT, retries=retries, timeout=timeout, priority=priority, node=node, key=key))
 
     def nodes(self) -> tuple[NodeStatus, ...]:
         """Describe every node, reachable or not."""
@@ -362,7 +369,8 @@ class ClusterExecutor(_Submitter):
         return self._root.status()
 
     def add_node(self, node: str | NodeSpec) -> None:
-        """Use one more node from now on. Raises ValueError as the constructor does."""
+        """Use one more node from now on. Raises ValueError as the constructor does, RuntimeError after shutdown."""
+        self._root.check_open()
         spec = node if isinstance(node, NodeSpec) else NodeSpec(node)
         if spec.address == LOCAL:
             raise ValueError('this machine\'s own workers cannot be added later; name "local" in nodes=')
@@ -433,11 +441,11 @@ def _dropper(root: Root) -> Callable[[object], None]:
 
 def _check_numbers(max_workers: int | None, retries: int, node_timeout: float, nodes_timeout: float | None,
                    max_pending: int | None) -> None:
-    _check_kind("max_workers", max_workers, Integral, may_be_none=True)
-    _check_kind("retries", retries, Integral)
-    _check_kind("node_timeout", node_timeout, Real)
-    _check_kind("nodes_timeout", nodes_timeout, Real, may_be_none=True)
-    _check_kind("max_pending", max_pending, Integral, may_be_none=True)
+    check_kind("max_workers", max_workers, Integral, may_be_none=True)
+    check_kind("retries", retries, Integral)
+    check_kind("node_timeout", node_timeout, Real)
+    check_kind("nodes_timeout", nodes_timeout, Real, may_be_none=True)
+    check_kind("max_pending", max_pending, Integral, may_be_none=True)
     if max_workers is not None and max_workers <= 0:
         raise ValueError("max_workers must be greater than 0")
     if retries < 0:
@@ -451,7 +459,7 @@ def _check_numbers(max_workers: int | None, retries: int, node_timeout: float, n
 
 
 def _check_linger(durable: object, linger: float | None) -> None:
-    _check_kind("linger", linger, Real, may_be_none=True)
+    check_kind("linger", linger, Real, may_be_none=True)
     if linger is not None and durable is None:
         raise ValueError("linger= is for durable sessions: name a journal with durable=")
     if linger is not None and not 0 <= linger < float("inf"):
@@ -473,12 +481,6 @@ def _left_behind(rows: Sequence[NodeRow], specs: Sequence[NodeSpec]) -> list[tup
     return left
 
 
-def _check_kind(name: str, value: object, kind: type, *, may_be_none: bool = False) -> None:
-    if not isinstance(value, kind) and not (may_be_none and value is None):
-        wanted = "a whole number" if kind is Integral else "a number" if kind is Real else "a string"
-        raise TypeError(f"{name} must be {wanted}{' or None' if may_be_none else ''}, not {value!r}")
-
-
 def _check_env(env: Mapping[str, str] | None) -> None:
     if env is None:
         return
@@ -498,24 +500,6 @@ def _check_child_limit(max_tasks_per_child: int | None, mp_context: BaseContext 
     if mp_context is not None and mp_context.get_start_method(allow_none=False) == "fork":
         raise ValueError("max_tasks_per_child is incompatible with the 'fork' multiprocessing start method; supply a "
                          "different mp_context.")
-
-
-def _changed(options: TaskOptions, *, retries: int | None = None, timeout: float | None = None, priority: int | None = None,
-             node: str | None = None, key: str | None = None) -> TaskOptions:
-    _check_kind("retries", retries, Integral, may_be_none=True)
-    _check_kind("timeout", timeout, Real, may_be_none=True)
-    _check_kind("priority", priority, Integral, may_be_none=True)
-    _check_kind("node", node, str, may_be_none=True)
-    _check_kind("key", key, str, may_be_none=True)
-    if retries is not None and retries < 0:
-        raise ValueError(f"retries must be 0 or more, not {retries}")
-    if timeout is not None and not timeout > 0:
-        raise ValueError(f"timeout must be a positive number of seconds, not {timeout}")
-    return TaskOptions(options.retries if retries is None else retries,
-                       options.timeout_s if timeout is None else float(timeout),
-                       options.priority if priority is None else int(priority),
-                       options.node if node is None else node,
-                       options.key if key is None else key)
 
 
 def _node_specs(nodes: str | Sequence[str | NodeSpec] | None) -> list[NodeSpec]:

@@ -9,7 +9,10 @@ Pure. Rule: every attempt has one fate, and only the root decides that a task is
 
 from __future__ import annotations
 
-from .ledger import ABANDONED, Lane, LaneState, Peer, Session, Task
+from collections.abc import Callable
+
+from .kin import Kin
+from .ledger import ABANDONED, KillWorker, Lane, LaneState, Peer, Session, Task
 from .messages import Ack, Evidence, Kill, Lost, Outcome, OutcomeKind, SessionFailed
 from .placement import Placement
 
@@ -17,7 +20,8 @@ from .placement import Placement
 class Fates:
     """Ends attempts; the root's ended tasks collect in `ended`, sessions that cannot be run somewhere in `failures`."""
 
-    def __init__(self, place: Placement) -> None:
+    def __init__(self, place: Placement, slots: Callable[[], int]) -> None:
+        self.kin = Kin(place, self.kill, slots)
         self.ended: list[tuple[Task, Outcome | Lost]] = []
         self.failures: list[tuple[Session, Peer | None, SessionFailed]] = []
         self._place = place
@@ -26,8 +30,20 @@ class Fates:
         """A lease ended without the task having started."""
         if task.doom is not None:
             self.finish(task, verdict(task, task.doom))
-        else:
+        elif task.kin is None or not self._is_held(task):
             self._place.requeue(task)
+
+    def _is_held(self, task: Task) -> bool:
+        """End what an attempt has called for; say whether it must wait for that before it runs again."""
+        self.kin.over(task, has_returned=False)
+        return task.session.is_root and self.kin.hold(task)
+
+    def end(self, task: Task, end: Outcome | Lost) -> None:
+        """Conclude a task at the root."""
+        if task.kin is not None and task.kin.is_nested:
+            self.kin.ended(task, end)
+        else:
+            self.ended.append((task, end))
 
     def kill(self, task: Task, kind: OutcomeKind = OutcomeKind.KILLED) -> None:
         """End a task wherever it is: with `kind`, or with its outcome if that is faster."""
@@ -45,11 +61,13 @@ class Fates:
 
     def finish(self, task: Task, message: Outcome) -> None:
         """A task that is leased to nobody ends here, by our own verdict."""
+        if task.kin is not None:
+            self.kin.over(task, has_returned=False)
         if task.doom is ABANDONED:
             return
         if task.session.is_root:
             task.session.forget(task)
-            self.ended.append((task, message))
+            self.end(task, message)
         else:
             self.pass_up(task, message, None)
 
@@ -70,14 +88,18 @@ class Fates:
         if task.doom is not None:
             self.finish(task, verdict(task, task.doom))
         elif not session.is_root:
+            if task.kin is not None:
+                self.kin.over(task, has_returned=False)
             self.pass_up(task, Lost(session.uplink_no, task.run.seq, task.run.attempt, evidence), None)
         else:
             task.deaths += 1
             task.charged = True
             if task.deaths > task.retries:
                 session.forget(task)
-                self.ended.append((task, Lost(0, task.run.seq, task.run.attempt, evidence)))
-            else:
+                if task.kin is not None:
+                    self.kin.over(task, has_returned=False)
+                self.end(task, Lost(0, task.run.seq, task.run.attempt, evidence))
+            elif task.kin is None or not self._is_held(task):
                 self._place.requeue(task)
 
     def late(self, lane: Lane, message: Outcome | Lost) -> None:
@@ -89,7 +111,7 @@ class Fates:
             if not session.is_root:
                 self.pass_up(task, message, lane)
                 return
-            self.ended.append((task, message))
+            self.end(task, message)
             if session.is_durable and not lane.is_worker:
                 session.unacked[message.seq] = (message, lane)
         if self.is_unrecorded(lane, message.seq, message.attempt):
@@ -115,6 +137,10 @@ class Fates:
     def tell_failure(self, session: Session) -> None:
         """Say upward that the session failed, once nothing of it runs here: what is leased here then counts as unstarted."""
         failure = session.failure
+        if failure is not None and session.paused and session.paused == session.busy == len(session.tasks):
+            # They wait for calls that cannot run here, and perhaps nowhere: the root shall know, and run them elsewhere.
+            reason = f"it waited for nested calls, and no more workers could be had: {failure.evidence.reason}"
+            self._place.pool.extend(KillWorker(lane.peer, reason) for lane in session.lanes.values() if lane.paused)
         if failure is None or session.has_confessed or session.tasks:
             return
         if session.upstream is not None and not session.reconciling:

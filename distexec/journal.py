@@ -58,6 +58,9 @@ CREATE TABLE outcomes(seq INTEGER PRIMARY KEY, kind INTEGER, data BLOB, buffers 
 CREATE TABLE blobs(digest BLOB, position INTEGER, data BLOB, PRIMARY KEY(digest, position));
 """
 
+_FLAGS = os.O_RDWR | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+"""How files are opened: never by a link, and without waiting for a pipe's other end."""
+
 _encode = msgspec.msgpack.Encoder().encode
 _decode_buffers = msgspec.msgpack.Decoder(Buffers).decode
 _decode_options = msgspec.msgpack.Decoder(Options).decode
@@ -113,18 +116,22 @@ class Journal:
         self.path = os.path.abspath(os.fspath(path))
         self.created = False
         self._rows = ROWS
+        self._made: list[str] = []  # files of SQLite's beside it that we made, empty
         self._fd = self._open(must_exist)
         self._unlock = weakref.finalize(self, os.close, self._fd)
         try:
             _check_owner(os.fstat(self._fd), self.path)
             self._lock()
+            self._claim()
             self._db = self._connect()
         except BaseException:
+            self._remove_made()
             self._unlock()
             raise
         try:
             with self._explained("open"):
                 self._begin()
+            self._remove_made("-journal")
         except BaseException:
             self.close()
             raise
@@ -140,6 +147,7 @@ class Journal:
             self._db.close()
         except sqlite3.Error:
             pass  # a full disk keeps it from being tidied up: all is in the -wal file, for the next to open it
+        self._remove_made()
         self._unlock()
 
     def abandon(self) -> None:
@@ -152,11 +160,40 @@ class Journal:
 
     def _open(self, must_exist: bool) -> int:
         """Open the file, or make it; never by a link."""
-        flags = os.O_RDWR | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
         try:
-            return os.open(self.path, flags) if must_exist else self._create_or_open(flags)
+            return os.open(self.path, _FLAGS) if must_exist else self._create_or_open(_FLAGS)
         except OSError as error:
             raise JournalError(f"journal {self.path} cannot be opened: {self._why(error)}") from error
+
+    def _claim(self) -> None:
+        """Own the files that SQLite keeps beside the journal: it believes what it finds there, whoever wrote it.
+
+        In a directory like /tmp others could make them, but not replace ours. Empty ones mean nothing to SQLite.
+        """
+        for path in (self.path + "-journal", self.path + "-wal"):
+            try:
+                try:
+                    fd = os.open(path, _FLAGS | os.O_CREAT | os.O_EXCL, 0o600)
+                    self._made.append(path)
+                except FileExistsError:
+                    fd = os.open(path, _FLAGS)
+            except OSError as error:
+                raise JournalError(f"file {path} beside the journal cannot be opened: {error.strerror}; remove it if it is "
+                                   "not yours, or name another journal") from error
+            try:
+                _check_owner(os.fstat(fd), path)
+            finally:
+                os.close(fd)
+
+    def _remove_made(self, suffix: str = "") -> None:
+        """Remove what `_claim` made and SQLite does not use; the -wal file only while it is closed."""
+        for path in [path for path in self._made if path.endswith(suffix)]:
+            self._made.remove(path)
+            try:
+                if not os.path.getsize(path):
+                    os.unlink(path)
+            except OSError:
+                pass  # SQLite has removed it; or it stays, empty
 
     def _lock(self) -> None:
         """Lock the file. SQLite's own lock would go as soon as anything in this process opened and closed the file."""
@@ -224,6 +261,8 @@ class Journal:
         else:
             db.execute("COMMIT")
         db.execute("PRAGMA journal_mode=WAL")
+        if os.path.lexists(self.path + "-wal"):  # SQLite made it anew for a new journal
+            _check_owner(os.stat(self.path + "-wal", follow_symlinks=False), self.path + "-wal")
         db.execute("PRAGMA synchronous=NORMAL")
         db.execute("PRAGMA wal_autocheckpoint=8192")  # 32 MiB: a checkpoint waits for the disk
         while 8 * self._rows > db.getlimit(sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER):  # before SQLite 3.32
@@ -347,10 +386,11 @@ class Journal:
             self._db.executemany("INSERT INTO nodes VALUES(?,?,?) ON CONFLICT(address) DO UPDATE SET slots=excluded.slots, "
                                  "may_hold=excluded.may_hold", nodes)
 
-    def free_nodes(self) -> None:
-        """Record that no node holds anything of the session."""
+    def free_nodes(self, away: Sequence[str] = ()) -> None:
+        """Record that no node but those `away` holds anything of the session."""
         with self._transaction():
-            self._db.execute("UPDATE nodes SET may_hold=0")
+            self._db.executemany("UPDATE nodes SET may_hold=0 WHERE address=?",
+                                 [(row.address,) for row in self.nodes() if row.address not in away])
 
     # ---- reading
 

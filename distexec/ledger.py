@@ -9,12 +9,13 @@ thread, clock or random number.
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
-from collections.abc import Hashable, Iterator
+from collections import OrderedDict
+from collections.abc import Hashable
 from enum import Enum
 from typing import Any, NamedTuple
 
-from .messages import Define, Lost, Open, Outcome, OutcomeKind, Run, SessionFailed
+from .messages import Answer, Define, Lost, Open, Outcome, OutcomeKind, Run, SessionFailed, Submit
+from .queues import Brood, Broods, Queue
 
 Peer = Hashable
 """Whatever the caller uses to name the other end of a link; the scheduler only compares and hashes it."""
@@ -44,11 +45,12 @@ class Task:
     lane was charged; `deaths` counts attempts that died while they may have been running, `charged` says that the present
     one is among them and may yet turn out to be alive (a lost node comes back); `doom` is how it must end
     (ABANDONED: without a word, a newer attempt took its place); `shuns` names the nodes that are to have it only if no other
-    can, changed only while it is in no queue; `owner` is the root's, opaque here.
+    can, changed only while it is in no queue; `kin` is there if it is a nested call or has made some; `owner` is the
+    root's, opaque here.
     """
 
-    __slots__ = ("charged", "claimed", "deaths", "doom", "estimate_s", "lane", "node", "order", "owner", "queued", "renew",
-                 "retries", "run", "session", "shuns")
+    __slots__ = ("charged", "claimed", "deaths", "doom", "estimate_s", "kin", "lane", "node", "order", "owner", "queued",
+                 "renew", "retries", "run", "session", "shuns")
 
     def __init__(self, run: Run, session: Session, owner: Any = None, retries: int = 0) -> None:
         self.run = run
@@ -66,6 +68,7 @@ class Task:
         self.claimed = False  # the owner said that it may run
         self.doom: OutcomeKind | str | None = None
         self.shuns = NOBODY
+        self.kin: Kinship | None = None
 
     @property
     def priority(self) -> int:
@@ -82,107 +85,40 @@ class Task:
         return f"<Task {self.run.session}.{self.run.seq}.{self.run.attempt} {where}>"
 
 
-class Queue:
-    """Tasks by priority, then first come first served. Removal is lazy: a task that left has `queued` False."""
+class Kinship:
+    """What is known of a task that is a nested call or has made some.
 
-    __slots__ = ("_levels", "_plain", "_stale", "count")
+    `parent` is, at the root, who is to outlive it: its caller or, once that has returned, the nearest ancestor that has
+    not; `call` its number there, 0 if nobody wants its answer. The rest is the present attempt's: `attempt` is 0 once no
+    call of it is taken any more.
+    """
 
-    def __init__(self) -> None:
-        self._plain: deque[Task] = deque()  # priority 0, where nearly all tasks are
-        self._levels: list[tuple[int, deque[Task]]] = [(0, self._plain)]  # highest priority first; few
-        self._stale = 0  # entries whose task is gone
-        self.count = 0
+    __slots__ = ("answers", "attempt", "call", "calls", "children", "has_borrowed", "has_returned", "is_blocked", "is_held",
+                 "is_lent", "is_nested", "last_call", "parent", "submits", "task", "unwanted")
 
-    def __len__(self) -> int:
-        return self.count
+    def __init__(self, task: Task, parent: Kinship | None = None, call: int = 0, *, is_nested: bool = False) -> None:
+        self.task, self.parent, self.call = task, parent, call
+        self.is_nested = is_nested  # it is a nested call itself
+        self.is_lent = False  # the vertex above said that an ancestor waits
+        self.has_borrowed = False  # it was leased to a slot that is lent
+        self.is_held = False  # at the root: it is to run again once its children have ended
+        self.is_blocked = False
+        self.has_returned = False
+        self.attempt = 0
+        self.last_call = 0
+        self.submits: dict[int, Submit] = {}  # below the root: not answered
+        self.answers: dict[int, Answer] = {}  # not taken
+        self.calls: dict[int, Task] = {}  # at the root: not ended, by call
+        self.children: dict[int, Task] = {}  # the same and those of children that are gone, by seq
+        self.unwanted: set[int] = set()  # calls given up before they were made tasks
 
-    def __iter__(self) -> Iterator[Task]:
-        if self._stale:
-            self._compact()  # a task that left and came back stands there twice
-        return (task for _, level in self._levels for task in level if task.queued)
+    def serve(self, attempt: int) -> None:
+        """Begin with an attempt, if that has not been done."""
+        if self.attempt != attempt:
+            self.attempt, self.last_call, self.has_returned = attempt, 0, False
 
-    def _level(self, task: Task) -> deque[Task]:
-        if task.run.options is None:
-            return self._plain
-        priority = task.run.options.priority
-        for position, (known, level) in enumerate(self._levels):
-            if known == priority:
-                return level
-            if known < priority:
-                self._levels.insert(position, (priority, deque()))
-                return self._levels[position][1]
-        self._levels.append((priority, deque()))
-        return self._levels[-1][1]
-
-    def push(self, task: Task) -> None:
-        """Add behind its equals."""
-        task.queued = True
-        self.count += 1
-        (self._plain if task.run.options is None else self._level(task)).append(task)
-
-    def push_front(self, task: Task) -> None:
-        """Add before its equals: it has waited already."""
-        task.queued = True
-        self.count += 1
-        self._level(task).appendleft(task)
-
-    def peek(self) -> Task | None:
-        """Show the task that `pop` would give."""
-        for _, level in self._levels:
-            while level:
-                task = level[0]
-                if task.queued:
-                    return task
-                level.popleft()
-                self._stale -= 1
-        return None
-
-    def pop(self) -> Task:
-        """Remove and give the first task; there must be one."""
-        for _, level in self._levels:
-            while level:
-                task = level.popleft()
-                if task.queued:
-                    task.queued = False
-                    self.count -= 1
-                    return task
-                self._stale -= 1
-        raise AssertionError("pop from an empty queue")
-
-    def pop_youngest(self) -> Task:
-        """Remove and give the task that would run last; there must be one."""
-        for _, level in reversed(self._levels):
-            while level:
-                task = level.pop()
-                if task.queued:
-                    task.queued = False
-                    self.count -= 1
-                    return task
-                self._stale -= 1
-        raise AssertionError("pop from an empty queue")
-
-    def discard(self, task: Task) -> None:
-        """Take out a task wherever it stands, in O(1) amortised."""
-        task.queued = False
-        self.count -= 1
-        self._stale += 1
-        if self._stale > 64 and self._stale > self.count:
-            self._compact()
-
-    def purge(self) -> None:
-        """Forget the tasks that left, one of which is about to be put into another queue."""
-        if self._stale:
-            self._compact()
-
-    def _compact(self) -> None:
-        """Drop the entries of tasks that are gone; of one that left and came back, the first entry counts."""
-        seen: set[int] = set()
-        for _, level in self._levels:
-            alive = [task for task in level if task.queued and not (id(task) in seen or seen.add(id(task)))]  # type: ignore[func-returns-value]
-            level.clear()
-            level.extend(alive)
-        self._levels = [(priority, level) for priority, level in self._levels if level or level is self._plain]
-        self._stale = 0
+    def __repr__(self) -> str:
+        return f"<Kinship of {self.task}: {len(self.children)} children{', waits' if self.is_blocked else ''}>"
 
 
 class Estimate:
@@ -228,9 +164,9 @@ class LaneState(Enum):
 class Lane:
     """One session's leases on one downstream peer: a worker (one slot, ordered) or a node (as many as it offers)."""
 
-    __slots__ = ("birth", "defined", "has_failed", "is_stalled", "is_worker", "leases", "limit", "name", "offered", "peer",
-                 "remaining", "revoke_end", "revoke_range", "revoked_from", "sent", "session", "since", "slots", "state",
-                 "suspended_at", "unknown", "wanted", "window_s", "work_s")
+    __slots__ = ("birth", "defined", "has_failed", "is_stalled", "is_worker", "leases", "lent", "limit", "name", "offered",
+                 "paused", "peer", "remaining", "revoke_end", "revoke_range", "revoked_from", "sent", "session", "since",
+                 "slots", "spare", "state", "suspended_at", "unknown", "wanted", "window_s", "work_s")
 
     def __init__(self, peer: Peer, session: Session, name: str, *, is_worker: bool, remaining: int = 0) -> None:
         self.peer, self.session, self.name, self.is_worker = peer, session, name, is_worker
@@ -240,6 +176,9 @@ class Lane:
         self.leases: dict[int, Task] = {}  # by seq, oldest first
         self.work_s = 0.0  # expected run time of the leases whose function is known
         self.unknown = 0  # leases whose function is not
+        self.paused = 0  # leases that wait for nested calls
+        self.lent = 0  # leases in the slots of those
+        self.spare = 0  # at a node: how many more leases than slots leave a slot for everybody
         self.sent = 0  # Runs sent on a worker's link
         self.remaining = remaining  # tasks a worker may still take (max_tasks_per_child); 0: no limit
         self.defined: set[int] = set()
@@ -256,11 +195,23 @@ class Lane:
 
     def is_free(self) -> bool:
         """Say whether a slot is free and may be used now."""
-        return len(self.leases) < self.slots and self.state is LaneState.ACTIVE and self.revoke_end is None
+        return len(self.leases) < self.slots + self.spare and self.state is LaneState.ACTIVE and self.revoke_end is None
+
+    def has_lent_slot(self) -> bool:
+        """Say whether a node may be given one more nested call for the slots of those who wait there.
+
+        What is leased ahead does not count: the node begins nothing of it meanwhile. One that is to get nothing more still
+        runs what its tasks wait for.
+        """
+        if not self.paused or not self.slots or self.is_worker:
+            return False
+        if self.state is LaneState.DRAINING:  # here they are also given what would be leased like any other task
+            return self.lent < self.paused or len(self.leases) - self.paused < self.slots
+        return self.lent < self.paused and self.state is LaneState.ACTIVE
 
     def has_room(self, estimate_s: float, is_solo: bool) -> bool:
         """Say whether one more task expected to run for `estimate_s` may be leased here now."""
-        count = len(self.leases)
+        count = len(self.leases) - self.spare
         if count < self.slots:
             return True
         if is_solo or self.is_stalled or not self.slots or count >= MAX_AHEAD * self.slots:
@@ -301,11 +252,12 @@ class Lane:
 class Session:
     """One executor's tenancy at one vertex."""
 
-    __slots__ = ("ahead", "awaited", "birth", "busy", "capped", "ceiling", "closing", "code", "estimates", "failed",
-                 "failure", "first_attempt", "free", "granted", "has_confessed", "id", "is_durable", "lanes", "limited",
-                 "linger_s", "no", "opened", "orphaned_at", "owed", "parked", "peak", "peak_at", "pinned", "queue",
-                 "reconciling", "recovering_since", "served", "served_at", "starting", "tasks", "told", "unacked",
-                 "uplink_no", "upstream", "waiting", "want", "wanted", "wary", "weight", "workers")
+    __slots__ = ("ahead", "awaited", "birth", "blocked", "broods", "busy", "capped", "ceiling", "closing", "code",
+                 "estimates", "failed", "failure", "first_attempt", "free", "granted", "has_confessed", "id", "is_durable",
+                 "lanes", "left", "lent", "limited", "linger_s", "no", "opened", "orphaned_at", "owed", "parked", "paused",
+                 "peak", "peak_at", "pinned", "queue", "reconciling", "recovering_since", "served", "served_at", "spare",
+                 "starting", "tasks", "told", "unacked", "uplink_no", "upstream", "waiting", "want", "wanted", "wary",
+                 "weight", "workers")
 
     def __init__(self, opened: Open, upstream: Peer | None, number: int, birth: int = 0) -> None:
         self.opened = opened
@@ -316,10 +268,14 @@ class Session:
         self.no = number  # and on the links below
         self.weight = opened.weight
         self.ceiling = opened.ceiling  # most slots it may use; 0: all
-        self.queue = Queue()
-        self.pinned: dict[str | frozenset[Peer], Queue] = {}  # tasks for one node only, or rather not for some
+        self.queue: Queue[Task] = Queue()
+        self.pinned: dict[str | frozenset[Peer], Queue[Task]] = {}  # tasks for one node only, or rather not for some
         self.wary: set[frozenset[Peer]] = set()  # the latter's keys
-        self.waiting: dict[int, Task] = {}  # tasks whose blobs are still on their way; at the root, that a node may hold
+        self.waiting: dict[int, Task] = {}  # tasks whose blobs are still on their way; at the root, that a node may hold,
+        # or whose nested calls of the last attempt have not ended
+        self.broods: Broods[Task] | None = None  # queued nested calls, once there were any
+        self.blocked: dict[int, Task] = {}  # tasks here and below that wait for nested calls, by seq
+        self.left: dict[int, Kinship] = {}  # what ended tasks have called for in vain, until their outcome is acknowledged
         self.tasks: dict[int, Task] = {}  # all of them, by seq
         self.unacked: dict[int, tuple[Outcome | Lost, Lane | None]] = {}  # ended here, not yet known to the root; or, at the
         # root of a durable session, not yet in its journal
@@ -332,6 +288,9 @@ class Session:
         self.told = -1  # what was last offered upstream
         self.busy = 0  # worker lanes with a lease
         self.workers = 0  # worker lanes
+        self.paused = 0  # of the busy ones, those whose task waits for nested calls: their slots are lent
+        self.lent = 0  # of the busy ones, those in the slots of these
+        self.spare = 0  # the smaller of the two: how many more than granted may be busy before a slot is nobody's
         self.starting = 0  # workers asked for and not yet ready
         self.owed = 0  # tasks the vertex above recalled that nodes below are asked for
         self.want = 0  # tasks waiting above for a slot here
@@ -363,23 +322,35 @@ class Session:
     @property
     def is_calm(self) -> bool:
         """Whether a slot that becomes free is nobody's business: no task waits, and every node knows that."""
-        return not (self.queue.count or self.pinned or self.failed) and (
+        return not (self.queue.count or self.pinned or self.broods or self.failed) and (
             self.wanted is False or len(self.lanes) == self.workers)
+
+    @property
+    def active(self) -> int:
+        """How many of its workers here run something, and do not wait."""
+        return self.busy - self.paused
 
     def queued(self) -> int:
         """Count the tasks that could be leased if there were a slot."""
-        return self.queue.count + (sum(queue.count for queue in self.pinned.values()) if self.pinned else 0)
+        nested = self.broods.count if self.broods is not None else 0
+        return self.queue.count + nested + (sum(queue.count for queue in self.pinned.values()) if self.pinned else 0)
 
     def unleased(self) -> list[Task]:
         """Name the tasks that are leased to nobody."""
         tasks = list(self.queue)
         for queue in self.pinned.values():
             tasks += queue
+        for brood in self.broods or ():
+            tasks += brood
         tasks += self.waiting.values()
         return tasks
 
-    def queue_of(self, task: Task) -> Queue:
+    def queue_of(self, task: Task) -> Queue[Task]:
         """Give the queue that the task belongs in."""
+        if task.run.options is not None and task.run.options.ancestors:
+            if self.broods is None:
+                self.broods = Broods()
+            return self.broods.of(task)
         if task.shuns:
             self.wary.add(task.shuns)
             return self.pinned.setdefault(task.shuns, Queue())
@@ -389,7 +360,7 @@ class Session:
 
     def shun(self, task: Task, nodes: frozenset[Peer]) -> None:
         """Have a task that is in no queue put into that of those which had rather not run on these nodes."""
-        for queue in (self.queue, *self.pinned.values()):
+        for queue in (self.queue, *self.pinned.values(), *(self.broods or ())):
             queue.purge()
         task.shuns = nodes
 
@@ -405,7 +376,25 @@ class Session:
                 rival = queue.peek()
                 if rival is not None and (task is None or (-rival.priority, rival.run.seq) < (-task.priority, task.run.seq)):
                     task = rival
+        if self.broods is not None and self.broods.count:
+            brood = self.broods.first(lambda each: self.may_run(each, lane))
+            rival = brood.peek() if brood is not None else None
+            if rival is not None and (task is None or rival.priority >= task.priority):
+                task = rival  # what others wait for goes first
         return task
+
+    def may_run(self, brood: Brood[Task], lane: Lane) -> bool:
+        """Say whether a lane is one of those that a brood's tasks may run on."""
+        place = brood.place
+        if isinstance(place, frozenset):
+            return not place or lane.peer not in place or not self.can_do_without(place)
+        return not place or place == lane.name
+
+    def may_borrow(self, brood: Brood[Task]) -> bool:
+        """Say whether a brood's next task may use slots that were lent."""
+        task = brood.peek()
+        return any(each in self.blocked for each in brood.ancestors) or (
+            task is not None and task.kin is not None and task.kin.is_lent)
 
     def can_do_without(self, nodes: frozenset[Peer]) -> bool:
         """Say whether anybody else may run tasks: another node with slots, or our own workers."""

@@ -17,6 +17,7 @@ import builtins
 import functools
 import importlib
 import io
+import itertools
 import marshal
 import pickle
 import sys
@@ -44,6 +45,19 @@ MAIN_NAMES = ("__main__", "__mp_main__")
 
 Buffer = bytes | bytearray | memoryview
 Namespace = dict[str, Any]
+
+_versions = itertools.count(1)  # of all sessions, so that none can be mistaken for an older one
+
+
+def next_version() -> int:
+    """Give a version that no definition has."""
+    return next(_versions)
+
+
+def begin_life(life: int) -> None:
+    """Go on with a session whose workers may know definitions of `life` earlier lives of its client."""
+    global _versions
+    _versions = itertools.count(max(next(_versions), VERSIONS_PER_LIFE * life + 1))
 
 
 def keep_large(buffers: list[memoryview]) -> Callable[[pickle.PickleBuffer], bool]:

@@ -3,7 +3,8 @@
     /proc/*/stat ── trees ──► suspects ── stopped, smaps_rollup ──► over the limit: to be killed, or going on
 
 The rule: who is killed for its memory still uses it at that moment. A suspect is stopped before it is measured exactly,
-so the task that runs in it is the one that is to blame, and none begins meanwhile.
+so it is the task that runs in it at that moment, and none begins meanwhile. (What an earlier task left behind in its
+worker counts too: nobody can tell the two apart.)
 """
 
 from __future__ import annotations

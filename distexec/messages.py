@@ -66,6 +66,7 @@ class Options(Struct, frozen=True, array_like=True, gc=False):
     priority: int = 0  # higher first, within the session
     node: str = ""  # the only node that may run it; "": any
     solo: bool = False  # retries=0: lease only to a free slot, flush every outcome
+    ancestors: tuple[int, ...] = ()  # seqs of the tasks that it is a nested call of, outermost first
 
 
 class SessionSpec(Struct, frozen=True, array_like=True):
@@ -83,6 +84,7 @@ class SessionSpec(Struct, frozen=True, array_like=True):
     echo: bool = True
     name: str = ""  # for logs and listings
     env: dict[str, str] = {}  # the user's env= alone
+    label: str = ""  # by which a worker knows a nested executor as its own session's
 
 
 # ---- upstream to downstream
@@ -172,6 +174,24 @@ class Undefine(Struct, frozen=True, array_like=True, tag=10, gc=False):
     fns: list[int]
 
 
+class Lend(Struct, frozen=True, array_like=True, tag=11, gc=False):
+    """Upstream to downstream: a task that it is a nested call of waits, so this lease may use any slot that was lent."""
+
+    session: int
+    seq: int
+    attempt: int
+
+
+class Refuse(Struct, frozen=True, array_like=True, tag=13, gc=False):
+    """Pool to worker, answering `Blocked`: its slot cannot be lent, for `limit` tasks here wait already; do not wait."""
+
+    session: int
+    seq: int
+    attempt: int
+    limit: int
+    wait: int  # as in `Blocked`
+
+
 # ---- downstream to upstream
 
 
@@ -212,6 +232,21 @@ class Evidence(Struct, frozen=True, array_like=True, gc=False):
     signal: int = 0
     reason: str = ""  # one sentence
     stderr_tail: str = ""
+
+
+class Answer(Struct, frozen=True, array_like=True, tag=12, gc=False):
+    """Upstream to downstream: what nested call number `call` of this attempt came to. Kept above until `Took`."""
+
+    session: int
+    seq: int
+    attempt: int
+    call: int
+    kind: OutcomeKind
+    data: bytes
+    buffers: Buffers = ()
+    node: str = ""  # where it ran last
+    evidence: Evidence | None = None  # it was lost `deaths` times, the last time so
+    deaths: int = 0
 
 
 class Lost(Struct, frozen=True, array_like=True, tag=23, gc=False):
@@ -260,6 +295,44 @@ class Held(Struct, frozen=True, array_like=True, tag=27, gc=False):
     leases: list[tuple[int, int]]
     outcomes: list[tuple[int, int]]
     birth: int = 0  # as in `Offer`; if it is not what was offered, what was leased before is gone
+
+
+class Submit(Struct, frozen=True, array_like=True, tag=30, gc=False):
+    """Downstream to upstream: the task `seq` makes its nested call number `call`, counted from 1 per attempt.
+
+    Kept below until it is answered, the attempt is lost, or its outcome is acknowledged; said again after `Resume`.
+    """
+
+    session: int
+    seq: int
+    attempt: int
+    call: int
+    key: bytes  # names the function by its pickle
+    function: bytes
+    function_buffers: Buffers
+    data: bytes  # as in `Run`
+    buffers: Buffers = ()
+    options: Options | None = None
+    retries: int = -1  # -1: the executor's
+
+
+class Blocked(Struct, frozen=True, array_like=True, tag=31, gc=False):
+    """Downstream to upstream: the task waits for nested calls of its own, and its slot is lent; or it goes on."""
+
+    session: int
+    seq: int
+    attempt: int
+    is_blocked: bool
+    wait: int = 0  # how often it has waited, on worker links: `Refuse` names it
+
+
+class Took(Struct, frozen=True, array_like=True, tag=32, gc=False):
+    """Downstream to upstream: the task has these answers, or wants them no more; one not begun need not be run."""
+
+    session: int
+    seq: int
+    attempt: int
+    calls: list[int]
 
 
 class Load(Struct, frozen=True, array_like=True, tag=28, gc=False):
@@ -403,11 +476,12 @@ class Dropped(Struct, frozen=True, array_like=True, tag=63, gc=False):
 
 
 Shared = Ping | Pong | Hello | Bye | Fetch | Chunk | Credit | Missing
-FromUpstream = Open | Close | Define | Run | Recall | Kill | Ack | Want | Resume | Undefine | Shared
-FromDownstream = Offer | Outcome | Lost | Returned | Output | SessionFailed | Held | Load | Shared
-ToWorker = Define | Undefine | Run | Segment | Forget | Free | Bye
-FromWorker = Ready | Outcome | Returned | SessionFailed | Segment
+FromUpstream = Open | Close | Define | Run | Recall | Kill | Ack | Want | Resume | Undefine | Lend | Answer | Shared
+FromDownstream = (Offer | Outcome | Lost | Returned | Output | SessionFailed | Held | Load | Submit | Blocked | Took
+                  | Shared)
+ToWorker = Define | Undefine | Run | Segment | Forget | Free | Bye | Answer | Refuse
+FromWorker = Ready | Outcome | Returned | SessionFailed | Segment | Submit | Blocked | Took
 """A worker offers one slot of one session by being there, so it says less than a node."""
 FromControl = AskSessions | Drop | Ping | Hello | Bye
 ToControl = Sessions | Dropped | Hello | Load | Ping | Pong | Bye
-Message = FromUpstream | FromDownstream | FromControl | ToControl | Ready
+Message = FromUpstream | FromDownstream | FromControl | ToControl | Ready | Refuse

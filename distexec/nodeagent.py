@@ -26,12 +26,15 @@ from types import UnionType
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
+from .calls import release
 from .control import answer
 from .dispatcher import Dispatcher
+from .kin import News, Spent
 from .ledger import Session
 from .memorywatch import MemoryLimit
 from .messages import (
     Ack,
+    Answer,
     BlobRef,
     Bye,
     Define,
@@ -58,7 +61,7 @@ from .pool import Pool, Worker
 from .scheduler import Scheduler
 from .shipping import BlobStore
 from .stats import read_load
-from .transfers import Transfers
+from .transfers import Transfers, fetch
 from .transport import Link, Loop
 
 if TYPE_CHECKING:
@@ -133,6 +136,8 @@ class Uplink:
                 self._pass(batch)
                 batch = []
                 self.agent.end_uplink(self, message.reason)
+            elif isinstance(message, Answer) and message.buffers:
+                self.agent.fetch_answer(self, message)
             elif not self.transfers.handle(message):
                 if isinstance(message, (Ack, Resume)):
                     self.agent.release_results(self, message)
@@ -334,7 +339,7 @@ class Agent:
         self.loop = Loop("distexec-agent")
         self.store = BlobStore(arena_closed=self._on_arena_closed)
         self.scheduler = Scheduler(slots, name, orphan_s=ORPHAN_S, absent=self._is_absent)
-        self.dispatcher = Dispatcher(self.loop, self.scheduler, on_session_end=self._on_session_end)
+        self.dispatcher = Dispatcher(self.loop, self.scheduler, on_session_end=self._on_session_end, on_kin=self._on_kin)
         self.tenancies: dict[bytes, Tenancy] = {}
         self.listeners: list[Listener] = []
         self.grace_s = CLOSE_S
@@ -463,7 +468,7 @@ class Agent:
     def _load(self) -> Load:
         with self.dispatcher.lock:
             sessions = self.scheduler.sessions
-            return read_load(self.scheduler.slots, sum(session.busy for session in sessions), len(sessions))
+            return read_load(self.scheduler.slots, sum(session.active for session in sessions), len(sessions))
 
     # ---- sessions
 
@@ -529,6 +534,21 @@ class Agent:
                         and each.session.tasks[run.seq].run is run), None)
         return tenancy is not None and tenancy.is_waiting(run)
 
+    def _on_kin(self, news: list[News]) -> None:
+        for each in news:
+            if isinstance(each, Spent):
+                release(self.store, each.buffers)
+
+    def fetch_answer(self, uplink: Uplink, answer: Answer) -> None:
+        """Fetch the blobs of a nested call's result, and only then hear of it: a lost link's are said again."""
+        fetch(uplink.transfers, self.store, answer.buffers, lambda: self.dispatcher.receive(uplink, [answer]),
+              lambda reason: self._refetch(uplink, answer, reason))
+
+    def _refetch(self, uplink: Uplink, answer: Answer, reason: str) -> None:
+        if uplink.link.is_open and uplink in self._uplinks:
+            _log.warning("%s: the result of a nested call could not be fetched: %s", uplink.link.name, reason)
+            self.loop.call_later(REFETCH_S, self.fetch_answer, uplink, answer)
+
     def expect_code(self, uplink: Uplink, definition: Define) -> None:
         """Fetch the blobs of a large function."""
         for tenancy in self.tenancies.values():
@@ -592,4 +612,4 @@ def _local_spec(spec: SessionSpec, spare: str) -> SessionSpec:
     path = [entry for entry in extra if entry and entry not in sys.path and os.path.exists(entry)]
     path += [entry for entry in sys.path if entry]
     return SessionSpec(tuple(path), directory, spec.argv, environ, spec.warnings, spec.authkey, spec.initializer,
-                       spec.initializer_buffers, spec.max_tasks_per_child, spec.echo, spec.name, spec.env)
+                       spec.initializer_buffers, spec.max_tasks_per_child, spec.echo, spec.name, spec.env, spec.label)

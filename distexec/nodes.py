@@ -22,6 +22,7 @@ from .errors import AuthenticationFailed, DistexecError, IncompatibleNode
 from .ledger import NODE_AHEAD_S
 from .messages import (
     BlobRef,
+    Blocked,
     Bye,
     Evidence,
     FromDownstream,
@@ -35,9 +36,11 @@ from .messages import (
     Ping,
     Pong,
     Role,
+    Submit,
+    Took,
 )
 from .shipping import BlobStore
-from .transfers import Transfers
+from .transfers import Transfers, fetch
 from .transport import HEARTBEAT_S, Link
 
 if TYPE_CHECKING:
@@ -123,6 +126,7 @@ class Node:
         self._rtt_s = 0.0  # of the last link, when it was last measured
         self._dial: Any = None
         self._transfers: Transfers | None = None
+        self._behind: dict[tuple[int, int, int], list[Message]] = {}  # by task: what it said after a call still on its way
         self._is_known = False  # the scheduler has (or may have) a lane for it
         self._failures = 0
         self._refusals = 0
@@ -138,6 +142,11 @@ class Node:
     def name(self) -> str:
         """The name the node gave itself; its address until then."""
         return self.hello.name if self.hello is not None else self.address
+
+    @property
+    def may_hold(self) -> bool:
+        """Whether it may hold something of our session that it cannot be told to end now."""
+        return self._is_known and self.state is not NodeState.UP
 
     def __repr__(self) -> str:
         return f"<Node {self.name!r} at {self.address}: {self.state.value}>"
@@ -265,6 +274,7 @@ class Node:
         if link is not self.link:
             return
         self.link = None
+        self._behind.clear()
         if self._transfers is not None:
             self._transfers.close(reason)
         if self._has_left:
@@ -334,9 +344,16 @@ class Node:
         passed: list[Message] = []
         has_offer = False
         for message in messages:
+            if self._behind and self._waits_behind(message):
+                continue
             if type(message) is Outcome:
                 if not message.buffers or not self._fetch(message):
                     passed.append(message)
+            elif type(message) is Submit and _has_blobs(message):
+                if passed:
+                    self._dispatcher.receive(self, passed)
+                    passed = []
+                self._fetch_call(message)
             elif not self._keep(message):
                 has_offer = has_offer or isinstance(message, Offer)
                 passed.append(message)
@@ -357,10 +374,45 @@ class Node:
             return isinstance(message, (Ping, Pong, Hello))
         return True
 
+    # A call with blobs is heard once they are here; what its task says after it comes after it.
+
+    def _waits_behind(self, message: Message) -> bool:
+        if not isinstance(message, (Submit, Outcome, Blocked, Took)):
+            return False
+        behind = self._behind.get((message.session, message.seq, message.attempt))
+        if behind is None:
+            return False
+        behind.append(message)
+        return True
+
+    def _fetch_call(self, call: Submit) -> None:
+        assert self._transfers is not None and self.link is not None, "it was just heard"
+        link = self.link
+        self._behind[call.session, call.seq, call.attempt] = []
+        fetch(self._transfers, self._store, (*call.function_buffers, *call.buffers), lambda: self._call_is_here(link, call),
+              lambda reason: self._call_is_lost(link, call, reason))
+
+    def _call_is_here(self, link: Link, call: Submit) -> None:
+        behind = self._behind.pop((call.session, call.seq, call.attempt), [])
+        self._dispatcher.receive(self, [call])
+        if behind and link is self.link:
+            self._on_messages(link, behind)
+
+    def _call_is_lost(self, link: Link, call: Submit, reason: str) -> None:
+        if link is self.link:  # else the call is said again once the link is back
+            link.finish(f"what a nested call was given could not be fetched: {reason}")
+
     def _receive_whole(self, outcome: Outcome, refs: list[BlobRef]) -> None:
         """Pass on an outcome whose blobs are here; let them go again if it comes too late to count."""
         with self._dispatcher.lock:
             is_wanted = self._dispatcher.scheduler.expects(self, outcome)
+            is_nested = is_wanted and self._dispatcher.scheduler.is_nested(self, outcome)
+        if is_nested:
+            try:
+                for ref in refs:
+                    self._store.share(ref)  # whoever made the call may be a local worker
+            except OSError:
+                pass  # then it cannot be handed to it, which the dispatcher sees to
         self._dispatcher.receive(self, [outcome])
         for ref in () if is_wanted else refs:
             self._store.release(ref)
@@ -394,3 +446,7 @@ class Node:
         for ref in refs:
             self._transfers.pull(ref, on_done, on_failed)
         return True
+
+
+def _has_blobs(call: Submit) -> bool:
+    return any(isinstance(buffer, BlobRef) for buffer in (*call.function_buffers, *call.buffers))

@@ -20,7 +20,7 @@ from time import monotonic_ns
 from types import UnionType
 from typing import Any, cast
 
-from distexec.messages import Message, Outcome, Segment
+from distexec.messages import Message, Outcome, Segment, Submit
 from distexec.protocol import FrameDecoder, pack
 
 QUICK_NS = 1_000_000
@@ -133,15 +133,18 @@ class Outbox:
         """Whether some thread is in the middle of a flush."""
         return self._lock.locked()
 
-    def append_large(self, outcome: Outcome, segments: list[tuple[Segment, int]]) -> None:
+    def append_large(self, outcome: Outcome | Submit, segments: list[tuple[Segment, int]]) -> None:
         """Add an outcome with much in it, and the segments, with their descriptors, that must go before it."""
         for segment, fd in segments:
             with self._lock:
                 self.messages.append(segment)
                 self._fds.append(fd)
-            if len(self._fds) == FDS_PER_FRAME:
+            if len(self._fds) >= FDS_PER_FRAME:
                 self.flush()
         self.messages.append(outcome)
+        if isinstance(outcome, Submit):
+            inline = (each for each in outcome.function_buffers if isinstance(each, bytes))
+            self._large_bytes += len(outcome.function) + sum(map(len, inline))
         self._large_bytes += len(outcome.data) + sum(len(each) for each in outcome.buffers if isinstance(each, bytes))
         if self._large_bytes > LARGE_OUTBOX_BYTES:
             self.flush()
@@ -231,9 +234,7 @@ class _Flusher:
         self._is_ending = True
         _open(self._gate)
         _open(self._pause)
-        entry = f"/proc/self/task/{thread_id}"
-        while _is_there(entry):
-            os.sched_yield()
+        wait_thread_gone(thread_id)
         self._reset()
 
 
@@ -242,6 +243,13 @@ def _open(lock: _thread.LockType) -> None:
         lock.release()
     except RuntimeError:
         pass  # open already
+
+
+def wait_thread_gone(thread_id: int) -> None:
+    """Wait until the system has no trace of a thread of ours that has ended: a fork would be counted as one with threads."""
+    entry = f"/proc/self/task/{thread_id}"
+    while _is_there(entry):
+        os.sched_yield()
 
 
 def _is_there(path: str) -> bool:

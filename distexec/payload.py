@@ -47,7 +47,8 @@ class CallPacker:
 
     _definitions: Definitions | None = None
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_nested: bool = False) -> None:
+        self._is_nested = is_nested  # for calls made in a worker
         # id(fn) -> (fn, packed, key); the reference to fn keeps its id from being used again.
         self._by_reference: dict[int, tuple[object, tuple[bytes, list[memoryview], bytes]]] = {}
 
@@ -140,7 +141,7 @@ class CallPacker:
             from distexec.definitions import Definitions
 
             # One, however many threads come here at once.
-            return cast("Definitions", vars(self).setdefault("_definitions", Definitions()))
+            return cast("Definitions", vars(self).setdefault("_definitions", Definitions(is_nested=self._is_nested)))
         return self._definitions
 
 

@@ -24,7 +24,7 @@ from .ledger import (
     StopWorker,
     Task,
 )
-from .messages import Message, Recall, Returned, Run, Undefine, Want
+from .messages import Lend, Message, Recall, Returned, Run, Undefine, Want
 
 OVERDUE_S = 0.005
 """How long a worker may be at one task with work behind it, before that work is taken back. Smaller: short stalls cost
@@ -32,6 +32,10 @@ revocations. Larger: tasks wait behind a long one while a slot is idle."""
 
 STALE_S = 0.020
 """How long a node may be silent with work beyond its slots before another's idle slot claims it; about one window."""
+
+SPARE_S = 5.0
+"""How long a worker that was started for a lent slot may be idle. Smaller: recursion starts and stops processes. Larger:
+they use memory for longer."""
 
 
 class Placement:
@@ -62,13 +66,15 @@ class Placement:
                 self._fill_ahead(session, session.ahead)
             if queue.count:
                 self.fill(session)
-        elif session.workers + session.starting < session.granted:
+        elif session.workers + session.starting < session.granted + session.paused:
             self._staff(session)
 
     def fill(self, session: Session, touched: Iterable[Lane] | None = None) -> None:
         """Hand out all that may run now: to free slots first, then into the windows of `touched` lanes (None: of all)."""
         queue = session.queue
-        if not queue.count and not session.pinned:
+        if session.broods is not None:
+            self._fill_lent(session)
+        if not queue.count and not session.pinned and session.broods is None:
             self.tell_want(session)
             return
         while queue.count and session.free:
@@ -76,14 +82,14 @@ class Placement:
             if lane is None:
                 break
             self._hand_out(session.next_for(lane), lane)
-        if session.pinned:
+        if session.pinned or session.broods is not None:
             self._fill_pinned(session)
-        if queue.count or session.pinned:
+        if queue.count or session.pinned or session.broods is not None:
             for lane in list(session.lanes.values()) if touched is None else touched:
                 self._fill_ahead(session, lane)
-                if not queue.count and not session.pinned:
+                if not queue.count and not session.pinned and session.broods is None:
                     break
-        if session.workers + session.starting < session.granted:
+        if session.workers + session.starting < session.granted + session.paused:
             self._staff(session)
         self.tell_want(session)
 
@@ -99,7 +105,7 @@ class Placement:
             if not lane.is_worker:
                 session.free.move_to_end(lane, last=False)
                 return lane
-            if session.busy < session.granted:
+            if session.busy < session.granted + session.spare:
                 return lane
             if len(session.lanes) == session.workers:
                 return None
@@ -107,7 +113,7 @@ class Placement:
 
     def _fill_pinned(self, session: Session) -> None:
         for lane in list(session.free):
-            while lane.is_free() and not (lane.is_worker and session.busy >= session.granted):
+            while lane.is_free() and not (lane.is_worker and session.busy >= session.granted + session.spare):
                 task = session.next_for(lane)
                 if task is None:
                     break
@@ -116,14 +122,101 @@ class Placement:
             del session.pinned[key]
             session.wary.discard(key)  # which has no names in it
 
+    def _fill_lent(self, session: Session) -> None:
+        """Hand out nested calls to the slots of those who wait for such: our own workers', and at nodes."""
+        nested = session.broods
+        assert nested is not None, "the caller looked"
+        if not nested.count:
+            session.broods = None
+            return
+        if session.active < session.granted:
+            for lane in [lane for lane in reversed(session.free) if lane.is_worker]:
+                if session.active >= session.granted or not self._borrow(session, lane):
+                    break
+        if len(session.lanes) > session.workers and session.blocked:
+            for lane in [lane for lane in session.lanes.values() if lane.has_lent_slot()]:
+                while lane.has_lent_slot() and self._borrow(session, lane):
+                    pass
+
+    def _borrow(self, session: Session, lane: Lane) -> bool:
+        """Hand out the deepest nested call that may use a slot lent on this lane; False if there is none."""
+        assert session.broods is not None, "there are nested calls"
+        brood = session.broods.first(lambda each: session.may_borrow(each) and session.may_run(each, lane), deepest=True)
+        if brood is None:
+            return False
+        task = brood.pop()
+        assert task.kin is not None, "a nested call has kin"
+        self._lease(task, lane)
+        task.kin.has_borrowed = True
+        lane.lent += 1
+        session.lent += lane.is_worker
+        self._recount(lane)
+        return True
+
+    def tell_lent(self, task: Task, lane: Lane) -> None:
+        """Let a nested call use slots lent at the node it is leased to, if one that it descends from waits."""
+        options = task.run.options
+        if options is not None and (any(each in task.session.blocked for each in options.ancestors)
+                                    or (task.kin is not None and task.kin.is_lent)):
+            self.out.append((lane.peer, Lend(task.session.no, task.run.seq, task.run.attempt)))
+
+    def pause(self, task: Task, lane: Lane) -> None:
+        """Lend the slot of a task that waits for nested calls; what is leased behind it is taken back."""
+        assert task.kin is not None, "it has made calls"
+        session = lane.session
+        task.kin.is_blocked = True
+        session.blocked[task.run.seq] = task
+        lane.paused += 1
+        session.paused += lane.is_worker
+        self._recount(lane)
+        if lane.is_worker and len(lane.leases) > 1:
+            self.revoke(lane, task.order + 1)
+
+    def resume(self, task: Task, lane: Lane) -> None:
+        """A task goes on: nothing is stopped for that, but nothing begins until so many run as there are slots."""
+        assert task.kin is not None, "it has made calls"
+        session = lane.session
+        task.kin.is_blocked = False
+        session.blocked.pop(task.run.seq, None)
+        lane.paused -= 1
+        session.paused -= lane.is_worker
+        self._recount(lane)
+
+    def _leave_slot(self, task: Task, lane: Lane) -> None:
+        """A nested call, or one that has made some, leaves its lane: undo what `pause` and `_borrow` noted."""
+        assert task.kin is not None, "the caller looked"
+        if task.kin.is_blocked:
+            self.resume(task, lane)
+        if task.kin.has_borrowed:
+            task.kin.has_borrowed = False
+            lane.lent -= 1
+            lane.session.lent -= lane.is_worker
+            self._recount(lane)
+
+    def _recount(self, lane: Lane) -> None:
+        session = lane.session
+        session.spare = min(session.lent, session.paused)
+        if not lane.is_worker:
+            lane.spare = min(lane.lent, lane.paused)
+            if session.lanes.get(lane.peer) is lane:
+                self.reindex(lane)
+
+    def let_spares_go(self, session: Session, slots: int, now: float) -> None:
+        """Stop workers that were started for lent slots and have been idle for a while."""
+        for lane in [lane for lane in session.free if lane.is_worker and now - lane.since > SPARE_S]:
+            if session.workers - session.paused <= slots:
+                return
+            self.drop_lane(lane)
+            self.pool.append(StopWorker(lane.peer))
+
     def _fill_ahead(self, session: Session, lane: Lane) -> None:
         if not lane.leases or lane.state is not LaneState.ACTIVE or lane.revoke_end is not None or lane.remaining:
             return
-        if lane.is_worker and session.busy > session.granted:
-            return  # one of these workers is to become another session's slot
+        if lane.is_worker and (session.busy > session.granted + session.spare or lane.paused or lane.lent):
+            return  # it waits, or is nobody's place to wait in; or one of these workers is to become another session's slot
         queue, estimates = session.queue, session.estimates
         while True:
-            task = session.next_for(lane) if session.pinned else queue.peek()
+            task = session.next_for(lane) if session.pinned or session.broods is not None else queue.peek()
             if task is None:
                 return
             run = task.run
@@ -175,9 +268,11 @@ class Placement:
                 lane.remaining -= 1
                 if not lane.remaining:
                     lane.state = LaneState.DRAINING
-        elif len(lane.leases) == lane.slots:
+        elif len(lane.leases) == lane.slots + lane.spare:
             session.free.pop(lane, None)
         self.out.append((lane.peer, run))
+        if task.kin is not None and not lane.is_worker:
+            self.tell_lent(task, lane)
 
     def adopt(self, task: Task, lane: Lane) -> None:
         """Record that a node still holds a queued or waiting task it was leased before."""
@@ -213,8 +308,10 @@ class Placement:
         lane = task.lane
         assert lane is not None, "only a leased task can be unleased"
         lane.take(task)
+        if task.kin is not None:
+            self._leave_slot(task, lane)
         if not lane.is_worker:
-            if len(lane.leases) == lane.slots - 1:  # elsewhere its place among the free ones does not change
+            if len(lane.leases) == lane.slots + lane.spare - 1:  # elsewhere its place among the free ones does not change
                 self.reindex(lane)
         elif not lane.leases:
             lane.session.busy -= 1
@@ -234,6 +331,10 @@ class Placement:
     def drop_lane(self, lane: Lane) -> None:
         """Forget a lane; the caller knows what becomes of its leases."""
         session = lane.session
+        if lane.paused or lane.lent:
+            for task in lane.leases.values():
+                if task.kin is not None:
+                    self._leave_slot(task, lane)
         session.lanes.pop(lane.peer, None)
         self.lanes.pop((lane.peer, session.no), None)
         session.free.pop(lane, None)
@@ -362,7 +463,10 @@ class Placement:
         if session.failed or session.closing:
             return
         idle = session.workers - session.busy
-        need = min(session.granted - session.workers, session.queued() - idle) - session.starting
-        for _ in range(need):
+        need = min(session.granted + session.spare - session.workers, session.queued() - idle)
+        if session.paused > session.spare and session.broods is not None:
+            borrowers = sum(brood.count for brood in session.broods if session.may_borrow(brood))
+            need = max(need, min(session.granted + session.paused - session.workers, borrowers - idle))
+        for _ in range(need - session.starting):
             session.starting += 1
             self.pool.append(StartWorker(session))

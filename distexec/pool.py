@@ -30,6 +30,7 @@ from distexec.lastwords import STACKS_BYTES, TAIL_BYTES, shorten
 from distexec.memory import shared_file
 from distexec.memorywatch import LOOK_S, LOOK_SHARE, MemoryLimit, oom_kills, overusers
 from distexec.messages import (
+    Answer,
     BlobRef,
     Buffers,
     Bye,
@@ -47,6 +48,7 @@ from distexec.messages import (
     SessionFailed,
     SessionSpec,
     Stream,
+    Submit,
 )
 from distexec.shipping import BlobStore
 from distexec.starters import Call, ContextStarter, Exit, Starter, TemplateStarter, drain
@@ -147,6 +149,8 @@ class Worker:
                     output.expect(message.seq)  # type: ignore[union-attr]
                 if message.buffers:  # type: ignore[union-attr]
                     self._announce(message.buffers)  # type: ignore[union-attr]
+            elif kind is Answer and message.buffers:  # type: ignore[union-attr]
+                self._announce(message.buffers)  # type: ignore[union-attr]
             elif kind is Define and message.buffers:  # type: ignore[union-attr]
                 self._keep(message.buffers)  # type: ignore[union-attr]
         self.link.queue(messages)
@@ -444,6 +448,10 @@ class Pool:
                     if isinstance(ref, BlobRef):
                         worker.unclaimed.pop(ref.digest, None)
                 self._hand_output(worker, worker.output.answered(message) if worker.output else ())
+            case Submit():
+                for ref in (*message.function_buffers, *message.buffers):
+                    if isinstance(ref, BlobRef):
+                        worker.unclaimed.pop(ref.digest, None)
             case Returned():
                 self._hand_output(worker, worker.output.answered(message) if worker.output else ())
             case Segment(blob, arena, _):

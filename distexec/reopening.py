@@ -126,8 +126,14 @@ def drop(path: str, secret: Secret | None, timeout_s: float) -> tuple[list[str],
         if secret is None:
             raise ValueError("nodes answer only who proves the secret, and there is none here: set $DISTEXEC_SECRET or name "
                              "--secret-file")
-        targets = [(row.address, resolve(parse_address(row.address))) for row in rows]
-        answers = drop_session(targets, secret, timeout_s, journal.get("id"), journal.get("token"))
+        targets: list[tuple[str, Any]] = []
+        answers: dict[str, int | str] = {}
+        for row in rows:
+            try:
+                targets.append((row.address, resolve(parse_address(row.address))))
+            except ValueError as error:  # the others are asked all the same
+                answers[row.address] = str(error)
+        answers |= drop_session(targets, secret, timeout_s, journal.get("id"), journal.get("token"))
         dropped = [address for address, answer in answers.items() if not isinstance(answer, str)]
         journal.set_nodes([NodeRow(row.address, row.slots, False) for row in rows if row.address in dropped])
     finally:

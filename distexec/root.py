@@ -41,9 +41,11 @@ from .messages import (
     Run,
     SessionSpec,
 )
+from .offspring import NESTED, NestedCalls
 from .payload import CallPacker
 from .report import ClusterStatus
 from .scheduler import Scheduler
+from .sessions import label_of
 from .shipping import BlobStore
 from .supply import LOCAL, Supply, lost_error
 from .transport import Loop
@@ -87,9 +89,11 @@ class Root:
                                wake=self.loop.wake)
         self.scheduler = Scheduler(slots, LOCAL, node_timeout_s=node_timeout_s, claim=_claim)
         self.dispatcher = Dispatcher(self.loop, self.scheduler, on_ended=self._on_ended,
-                                     on_failure=lambda _session, peer, failure: self.supply.session_failed(peer, failure))
-        self.spec = spec
+                                     on_failure=lambda _session, peer, failure: self.supply.session_failed(peer, failure),
+                                     on_kin=lambda news: self._nested.take(news))
         id, token = identity[:2] if identity is not None else (secrets.token_bytes(16), secrets.token_bytes(16))
+        self.label = label_of(id)
+        self.spec = spec = structs.replace(spec, label=self.label)
         away_s = max(linger_s, min(node_timeout_s, LONG_S) + RETURN_S)
         opened = Open(0, id, token, 1.0, ceiling, for_nodes(spec), away_s)
         self.session = self.scheduler.open_session(opened, None, time.monotonic())
@@ -104,9 +108,10 @@ class Root:
             self.recorder = Recorder(self, journal, identity.life, asks_all=asks_all)
             _roots.add(self)  # before it is started: a forked child must leave the journal alone
             last_seq, last_fn = journal.last()
-        self._seqs = itertools.count(last_seq + 1)
+        self.seqs = itertools.count(last_seq + 1)
         self._last_old_seq = last_seq  # of earlier lives
         self.code = Code(self.session.no, self.store, last_fn, self._forget_functions)
+        self._nested = NestedCalls(self)
         self._start_lock = threading.Lock()  # guards _is_started, pool, _closer
         self._is_started = False
         self._closer: threading.Thread | None = None
@@ -160,7 +165,7 @@ class Root:
         with self.dispatcher.lock:
             self._is_closing = True
             if self.recorder is not None:
-                self.recorder.cancels = cancel_futures
+                self.recorder.cancels = self.recorder.cancels or cancel_futures
             queued = [task for task in self.session.tasks.values() if not task.claimed] if cancel_futures else []
         # As with the standard pool's call queue: what the workers under way would have begun with is begun.
         begun = self.supply.count_coming() if len(queued) == len(self.session.tasks) else 0
@@ -267,7 +272,8 @@ class Root:
             if not self.session.closing:
                 self.dispatcher.call(self.scheduler.close_session, self.session)
             if self.recorder is not None:
-                self.recorder.close(is_over=self.broken is None)
+                away = [node.address for node in self.supply.nodes if node.may_hold]
+                self.recorder.close(is_over=self.broken is None, away=away)
             self.dispatcher.close()
             if self._is_started:
                 self.supply.close(CLOSE_S)
@@ -295,7 +301,7 @@ class Root:
     def submit(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any],
                options: Options | None = None, retries: int | None = None, key: str | None = None) -> ClusterFuture[Any]:
         """Take in one call. What cannot be pickled makes a future that has failed with the pickling error."""
-        self._check_open()
+        self.check_open()
         if not self._is_started:
             self.start()
         if self.recorder is not None:
@@ -314,7 +320,7 @@ class Root:
         """Take in several calls of one function, given by their arguments, at the price of little more than one."""
         if self._room is not None or self.recorder is not None:  # each must be on its way before the next waits for room
             return [self.submit(fn, args, {}, options, retries) for args in calls]
-        self._check_open()
+        self.check_open()
         if not self._is_started:
             self.start()
         futures: list[ClusterFuture[Any]] = []
@@ -358,7 +364,7 @@ class Root:
     def _task(self, packed: tuple[Define, bytes, Buffers], future: ClusterFuture[Any], options: Options | None,
               retries: int | None) -> tuple[Task, Define]:
         definition, data, buffers = packed
-        run = Run(self.session.no, next(self._seqs), 1, definition.fn, data, buffers, options)
+        run = Run(self.session.no, next(self.seqs), 1, definition.fn, data, buffers, options)
         task = Task(run, self.session, future, self.retries if retries is None else retries)
         future.bind(task, self)
         return task, definition
@@ -366,8 +372,8 @@ class Root:
     def _take_back(self, tasks: Sequence[Task]) -> None:
         """The executor was shut down while these were on their way in: raise as if that had come first."""
         for task in tasks:
-            self._let_go(task)
-        self._check_open()
+            self.let_go(task)
+        self.check_open()
 
     @property
     def is_closed(self) -> bool:
@@ -384,7 +390,8 @@ class Root:
         """Whether new tasks are taken; read with the dispatcher's lock held to be sure."""
         return not self._is_closing
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """Raise what `submit` raises if nothing is taken any more."""
         if self.broken is not None:
             raise raisable(self.broken)
         if self._is_closing:
@@ -403,7 +410,7 @@ class Root:
         self.dispatcher.call(lambda now: self.scheduler.undefine(self.session, [each.fn for each in gone]))
         return gone
 
-    def _let_go(self, task: Task) -> None:
+    def let_go(self, task: Task) -> None:
         """Let go of a task's blobs and of its place among the pending; once, by whoever ended its future."""
         if task.run.buffers:
             release(self.store, task.run.buffers)
@@ -432,9 +439,10 @@ class Root:
 
         self.dispatcher.call(discard)
         for task in tasks:
-            self._let_go(task)
             if self.recorder is not None:
                 self.recorder.withdrawn(task)
+            else:
+                self.let_go(task)
         if self._is_closing:
             self._close_if_done()
 
@@ -484,12 +492,12 @@ class Root:
         """End a task's future, unless it was cancelled: then all the rest is `withdraw`'s."""
         if not task.claimed and not task.owner.claim():
             return
-        self._let_go(task)
+        self.let_go(task)
         try:
             task.owner.conclude(value, error, run_ns)
-        except KeyboardInterrupt:
-            raise
-        except BaseException:  # SystemExit of a callback: the futures that come after this one must end all the same
+        except BaseException as error:  # of a callback, SystemExit say: the futures that come after this one must end too
+            if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
+                raise  # the user's own; elsewhere a callback has raised it
             _log.exception("distexec: a callback of %r wanted to end the thread", task.owner)
 
     def _unpack(self, task: Task, message: Outcome) -> tuple[Any, BaseException | None]:
@@ -517,7 +525,7 @@ class Root:
     def fail_queued(self, text: str) -> None:
         """End with `NoNodes(text)` what waits for a slot."""
         def take(now: float) -> list[Task]:
-            tasks = [task for task in self.session.tasks.values() if task.queued]
+            tasks = [task for task in self.session.tasks.values() if task.queued and task.owner is not NESTED]
             for task in tasks:
                 self.session.forget(task)
             return tasks

@@ -20,6 +20,7 @@ from typing import Any
 
 from .downlinks import Downlinks
 from .fates import Fates, verdict
+from .kin import News
 from .ledger import (
     ABANDONED,
     EndSession,
@@ -44,6 +45,7 @@ from .messages import (
     Returned,
     Run,
     SessionFailed,
+    Submit,
 )
 from .placement import OVERDUE_S, Placement
 from .quarantine import Quarantine
@@ -68,7 +70,8 @@ class Scheduler:
         self._place = Placement(claim)
         self._lanes = self._place.lanes
         self._node_timeout_s, self._orphan_s = node_timeout_s, orphan_s
-        self._fates = Fates(self._place)
+        self._fates = Fates(self._place, lambda: self._shares.slots)
+        self.kin = self._fates.kin
         self._shares = Shares(self._place, slots, self.sessions)
         self._uplinks = Uplinks(self._place, self._fates, self._shares, absent)
         self.recovery = Recovery(self._place)  # the root's, and what it asks of it goes there directly
@@ -77,7 +80,7 @@ class Scheduler:
         self._last_number = 0
         self._last_touched: Lane | None = None  # saves looking it up among the touched for each outcome of a batch
         self._table: dict[type, Callable[[Peer, Any, float], None]] = {
-            **self._uplinks.table, **self._downlinks.table, Close: self._on_close, Lost: self._on_lost,
+            **self._uplinks.table, **self._downlinks.table, **self.kin.table, Close: self._on_close, Lost: self._on_lost,
             Returned: self._on_returned}
 
     @property
@@ -90,7 +93,7 @@ class Scheduler:
     @property
     def has_news(self) -> bool:
         """Whether anything came out that nobody took yet."""
-        return bool(self._place.out or self._place.pool or self._fates.ended or self._fates.failures)
+        return bool(self._place.out or self._place.pool or self._fates.ended or self._fates.failures or self.kin.news)
 
     def take(self) -> list[tuple[Peer, Message]]:
         """Give what is to be said since the last call, in order."""
@@ -106,6 +109,11 @@ class Scheduler:
         """Give the root's tasks that ended: each once, with its outcome or the loss that was one too many."""
         ended, self._fates.ended = self._fates.ended, []
         return ended
+
+    def take_kin(self) -> list[News]:
+        """Give what is to be done about nested calls since the last call, in order."""
+        news, self.kin.news = self.kin.news, []
+        return news
 
     def take_notices(self) -> list[str]:
         """Give what the user should know of nodes since the last call, a sentence each."""
@@ -161,6 +169,7 @@ class Scheduler:
         """End a session here and below. Gives the tasks that had not ended; nothing more is said of them."""
         session.closing = True
         left = list(session.tasks.values())
+        self.kin.close(session)
         for lane in list(session.lanes.values()):
             if not lane.is_worker and lane.peer in self._downlinks.up:
                 self._place.out.append((lane.peer, Close(session.no)))
@@ -190,6 +199,17 @@ class Scheduler:
         if task.run.options is not None and task.run.options.timeout_s:
             session.limited = True
         self._place.submit(session, task)
+
+    def submit_nested(self, parent: Task, submit: Submit, task: Task, now: float) -> bool:
+        """Take in a nested call of a task; False if that is not wanted any more."""
+        if not self.kin.adopt(parent, submit, task):
+            return False
+        self.submit(task.session, task)
+        return True
+
+    def refuse_nested(self, parent: Task, submit: Submit, evidence: Evidence, now: float) -> None:
+        """Answer a nested call that cannot be made a task."""
+        self.kin.refuse(parent, submit, evidence)
 
     def discard(self, task: Task) -> bool:
         """Take out a task that was never leased; False if it was, or has ended."""
@@ -254,6 +274,12 @@ class Scheduler:
         lane = self._lanes.get((peer, outcome.session))
         task = lane.session.tasks.get(outcome.seq) if lane is not None else None
         return task is not None and task.run.attempt == outcome.attempt
+
+    def is_nested(self, peer: Peer, outcome: Outcome) -> bool:
+        """Say whether this is what a nested call came to."""
+        lane = self._lanes.get((peer, outcome.session))
+        task = lane.session.tasks.get(outcome.seq) if lane is not None else None
+        return task is not None and task.kin is not None and task.kin.is_nested
 
     # ---- workers of the pool beneath
 
@@ -353,14 +379,19 @@ class Scheduler:
         if self._last_touched is not lane and (len(self.sessions) > 1 or not session.is_calm):
             self._last_touched = lane
             self._place.touch(lane)
+        if task.kin is not None:
+            self.kin.over(task, has_returned=message.kind == OutcomeKind.VALUE and task.doom is None)
         if session.uplink_no == 0:
             session.tasks.pop(message.seq, None)
-            self._fates.ended.append((task, message))
+            if task.kin is not None:
+                self._fates.end(task, message)
+            else:
+                self._fates.ended.append((task, message))
             if task.deaths:
                 self._quarantine.saw_end(task, lane, message, now)
             if lane.is_worker:
                 pass
-            elif session.is_durable:
+            elif session.is_durable and (task.kin is None or not task.kin.is_nested):
                 session.unacked[message.seq] = (message, lane)
             else:
                 acks.setdefault(message.session, []).append(message.seq)
@@ -459,6 +490,8 @@ class Scheduler:
                 continue
             self.recovery.give_up_late(session, self._node_timeout_s, now)
             self._quarantine.tick(session, now)
+            if session.workers > self._shares.slots:
+                self._place.let_spares_go(session, self._shares.slots, now)
             for peer, (started, age_s) in (progress or {}).items():
                 if peer in session.lanes:
                     self._watch(session.lanes[peer], started, age_s)

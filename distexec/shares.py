@@ -102,7 +102,7 @@ def _ceiling(session: Session) -> int:
 def _settle_up(sessions: Sequence[Session], wanted: dict[Session, int], now: float) -> None:
     """Note what each session had since the last time. Who wanted little saved nothing up, but for a turn or two."""
     for session in sessions:
-        session.served += max(session.granted, session.busy) * (now - session.served_at) / session.weight
+        session.served += max(session.granted, session.active) * (now - session.served_at) / session.weight
         session.served_at = now
     most = max(session.served for session in sessions)
     least = min((session.served for session in sessions if wanted[session]), default=0.0)
@@ -118,33 +118,47 @@ def cap(session: Session, nodes: Sequence[Lane]) -> None:
         for lane in nodes:
             lane.slots = usable[lane]
         return
-    left = spare = session.ceiling - max(session.granted, session.busy)
+    left = spare = session.ceiling - max(session.granted, session.active)
     aims = {}
     for lane in nodes:
         aims[lane] = max(0, min(usable[lane], left))
         left -= aims[lane]
         lane.slots = min(lane.slots, aims[lane])
-        spare -= max(lane.slots, min(len(lane.leases), lane.offered))
+        spare -= _held(lane)
     for lane in nodes:
-        held = max(lane.slots, min(len(lane.leases), lane.offered))
+        held = _held(lane)
         slots = min(aims[lane], held + max(0, spare))
         spare -= max(0, slots - held)
         lane.slots = max(lane.slots, slots)
         session.capped |= lane.slots < aims[lane]
 
 
+def _held(lane: Lane) -> int:
+    """Count the slots of a node that are used, or may be at once.
+
+    Who waits for nested calls uses none, and what is leased behind it cannot begin.
+    """
+    if not lane.paused:
+        return max(lane.slots, min(len(lane.leases), lane.offered))
+    kin = [task.kin for task in lane.leases.values() if task.kin is not None]
+    borrowing = sum(each.has_borrowed and not each.is_blocked for each in kin)
+    occupied = sum(each.is_blocked and not each.has_borrowed for each in kin)
+    startable = borrowing + max(0, lane.offered - occupied)
+    return max(lane.slots, min(len(lane.leases) - lane.paused, lane.offered, startable))
+
+
 def regrant(slots: int, sessions: Sequence[Session], aims: dict[Session, int]) -> list[Session]:
     """Move what each session is granted towards its aim: down at once, up as slots come free. Gives those that grew."""
     for session in sessions:
         session.granted = min(session.granted, aims.get(session, 0))
-    spare = slots - sum(max(session.granted, session.busy) for session in sessions)
+    spare = slots - sum(max(session.granted, session.active) for session in sessions)
     for session in sessions if spare < 0 else ():  # the slots became fewer: nobody begins on one that another still uses
-        excess = min(-spare, max(0, session.granted - session.busy))
+        excess = min(-spare, max(0, session.granted - session.active))
         session.granted -= excess
         spare += excess
     grown = []
     for session in sessions:
-        held = max(session.granted, session.busy)
+        held = max(session.granted, session.active)
         granted = min(aims.get(session, 0), held + max(0, spare))
         if granted > session.granted:
             spare -= max(0, granted - held)

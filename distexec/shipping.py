@@ -281,6 +281,18 @@ class BlobStore:
             self._forget_sample(blob.sample)
         self._free(blob.arena, blob.offset, blob.ref.size_bytes)
 
+    def share(self, ref: BlobRef) -> None:
+        """Let workers map a blob that was received for this process alone. Raises OSError if there is no memory for that."""
+        with self._lock:
+            received = self._received.get(ref.digest)
+            references = received.references if received is not None else 0
+        if received is None:
+            return
+        self.put(received.view)
+        with self._lock:
+            self._blobs[ref.digest].references += references - 1
+            self._received.pop(ref.digest, None)
+
     def has(self, ref: BlobRef) -> bool:
         """Is the blob here?"""
         blob = self._blobs.get(ref.digest)

@@ -227,6 +227,7 @@ class ContextStarter:
         self._loop, self._store, self._context, self._initializer = loop, store, context, initializer
         self._born, self._died = born, died
         self._environ = environment(spec) if spec.environ else {}
+        self._label = spec.label
         self._guardian: _Template | None = None
         self._processes: dict[int, Any] = {}
         self._exit_fds: dict[int, int] = {}
@@ -252,7 +253,8 @@ class ContextStarter:
 
     def _start(self, number: int, arguments: tuple[Any, ...]) -> None:
         process = self._context.Process(  # type: ignore[attr-defined]
-            target=run_in_context, args=(*arguments, self._environ, self._initializer), name=f"distexec-worker-{number}")
+            target=run_in_context, args=(*arguments, self._environ, self._initializer, self._label),
+            name=f"distexec-worker-{number}")
         process.start()
         self._processes[number] = process
         self._born(number, process.pid)
@@ -346,7 +348,7 @@ class Descriptor:
 
 
 def run_in_context(link: socket.socket, lifeline: socket.socket, fds: list[Descriptor], environ: dict[str, str],
-                   initializer: Call | None) -> None:
+                   initializer: Call | None, label: str) -> None:
     """Be a worker in a process that multiprocessing started; SystemExit if its initializer raised."""
     die_with_guardian(lifeline)
     os.environ.update(environ)
@@ -363,7 +365,7 @@ def run_in_context(link: socket.socket, lifeline: socket.socket, fds: list[Descr
     Finalize(None, template.end_offspring, exitpriority=-100)
     try:
         status = worker.serve(link.detach(), page_fd, initializer=initialize,
-                              outputs=(outputs[0], outputs[1]) if outputs else None)
+                              outputs=(outputs[0], outputs[1]) if outputs else None, label=label)
     except KeyboardInterrupt:
         template.end_offspring()
         os._exit(130)  # Ctrl-C between tasks: the client got it too and decides what happens

@@ -207,7 +207,7 @@ class _Template:
             gc.enable()
             multiprocessing_process.current_process().name = f"distexec-worker-{number}"
             status = worker.serve(*fds[:2], unpacker=self._unpacker, initializer=self._initializer,
-                                  outputs=(fds[2], fds[3]) if len(fds) == 4 else None)
+                                  outputs=(fds[2], fds[3]) if len(fds) == 4 else None, label=self._spec.label)
             worker.leave()
         except KeyboardInterrupt:
             status = 130

@@ -11,11 +11,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol, cast
 
-from distexec.messages import BlobRef, Chunk, Credit, Fetch, Message, Missing
+from distexec.messages import BlobRef, Buffers, Chunk, Credit, Fetch, Message, Missing
 from distexec.protocol import PlaceChunk
 from distexec.shipping import BlobStore, BlobWriter
 
-__all__ = ["ChunkLink", "Transfers"]
+__all__ = ["ChunkLink", "Transfers", "fetch"]
 
 CHUNK_BYTES = 256 << 10
 """Of a blob, in one message. Larger: a control message waits longer behind it. Smaller: more work per byte."""
@@ -225,3 +225,30 @@ class Transfers:
         receiving.writer.abandon()
         for _, on_failed in receiving.waiting:
             on_failed(receiving.writer.ref, reason)
+
+
+def fetch(transfers: Transfers, store: BlobStore, buffers: Buffers, on_done: Callable[[], object],
+          on_failed: Callable[[str], object]) -> None:
+    """Pull the blobs among some buffers; then call `on_done`, each reference being the caller's, or `on_failed`, once."""
+    refs = [ref for ref in buffers if isinstance(ref, BlobRef)]
+    got: list[BlobRef] = []
+    reasons: list[str] = []
+
+    def done(ref: BlobRef) -> None:
+        got.append(ref)
+        if reasons:
+            store.release(ref)
+        elif len(got) == len(refs):
+            on_done()
+
+    def failed(_ref: BlobRef, reason: str) -> None:
+        reasons.append(reason)
+        if len(reasons) == 1:
+            for ref in got:
+                store.release(ref)
+            on_failed(reason)
+
+    if not refs:
+        on_done()
+    for ref in refs:
+        transfers.pull(ref, done, failed)

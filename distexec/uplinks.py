@@ -13,8 +13,8 @@ from collections.abc import Callable
 from typing import Any
 
 from .fates import Fates, renumbered
-from .ledger import Lane, LaneState, Peer, Session, Task
-from .messages import Ack, Define, Held, Kill, Open, Recall, Resume, Run, Undefine, Want
+from .ledger import Kinship, Lane, LaneState, Peer, Session, Task
+from .messages import Ack, Answer, Define, Held, Kill, Lend, Open, Recall, Resume, Run, Undefine, Want
 from .placement import Placement
 from .shares import Shares
 
@@ -28,7 +28,8 @@ class Uplinks:
     def __init__(self, place: Placement, fates: Fates, shares: Shares, absent: Callable[[Run], bool] | None) -> None:
         self.table: dict[type, Callable[[Peer, Any, float], None]] = {
             Run: self._on_run, Define: self._on_define, Undefine: self._on_undefine, Recall: self._on_recall,
-            Kill: self._on_kill, Ack: self._on_ack, Want: self._on_want, Resume: self._on_resume}
+            Kill: self._on_kill, Ack: self._on_ack, Want: self._on_want, Resume: self._on_resume,
+            Answer: self._on_answer, Lend: self._on_lend}
         self._sessions: dict[tuple[Peer, int], Session] = {}  # by the link and the session's number there
         self._place, self._fates, self._shares = place, fates, shares
         self._absent = absent
@@ -74,8 +75,11 @@ class Uplinks:
         if session.no != message.session:
             message = Run(session.no, seq, message.attempt, message.fn, message.data, message.buffers, message.options)
         task = session.tasks[seq] = Task(message, session)
-        if message.options is not None and message.options.timeout_s:
-            session.limited = True
+        if message.options is not None:
+            if message.options.timeout_s:
+                session.limited = True
+            if message.options.ancestors:
+                task.kin = Kinship(task, is_nested=True)
         if session.failed or self._place.draining or not session.told:
             self._place.give_back(session, [task])
         elif self._absent is not None and _may_be_absent(session, message) and self._absent(message):
@@ -86,6 +90,8 @@ class Uplinks:
 
     def _abandon(self, task: Task) -> None:
         lane = task.lane
+        if task.kin is not None:
+            self._fates.kin.over(task, has_returned=False)
         if lane is not None and not lane.is_worker:
             self._place.unlease(task)
             if lane.state is not LaneState.SUSPENDED:
@@ -109,6 +115,9 @@ class Uplinks:
         if session is None:
             return
         returned = [session.queue.pop_youngest() for _ in range(min(message.count, session.queue.count))]
+        for brood in session.broods or ():
+            while brood.count and len(returned) < message.count:
+                returned.append(brood.pop_youngest())
         self._place.give_back(session, returned[::-1])
         session.owed = missing = message.count - len(returned)
         for lane in session.lanes.values():
@@ -135,6 +144,8 @@ class Uplinks:
             if entry is None or (attempts and attempts[position] != entry[0].attempt):
                 continue
             del session.unacked[seq]
+            if session.left:
+                self._fates.kin.acknowledged(session, seq)
             if entry[1] is not None:
                 below.setdefault(entry[1], []).append(seq)
         for lane, ended in below.items():
@@ -148,6 +159,18 @@ class Uplinks:
             self._place.tell_want(session)
             self._shares.divide(now)
 
+    def _on_answer(self, peer: Peer, message: Answer, now: float) -> None:
+        session = self._sessions.get((peer, message.session))
+        if session is not None:
+            self._fates.kin.answered(session, message)
+        else:
+            self._fates.kin.spend(message)
+
+    def _on_lend(self, peer: Peer, message: Lend, now: float) -> None:
+        session = self._sessions.get((peer, message.session))
+        if session is not None:
+            self._fates.kin.lent(session, message)
+
     def _on_resume(self, peer: Peer, message: Resume, now: float) -> None:
         session = self._sessions.get((peer, message.session))
         if session is None:
@@ -157,10 +180,12 @@ class Uplinks:
             if task is not None and task.run.attempt == attempt:
                 self._abandon(task)
         self._on_ack(peer, Ack(message.session, message.ack), now)
+        session.reconciling = False
+        self._fates.kin.say_again(session)
         for seq, (end, lane) in session.unacked.items():
             session.unacked[seq] = (renumbered(end, session.uplink_no), lane)
             self._place.out.append((peer, session.unacked[seq][0]))
-        session.reconciling, session.told = False, -1
+        session.told = -1
         self._shares.offer(session)
         self._fates.tell_failure(session)
 

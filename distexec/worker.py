@@ -13,10 +13,11 @@ from __future__ import annotations
 import os
 import socket
 import sys
+from collections import deque
 from collections.abc import Callable, Sequence
 from mmap import mmap
 from time import monotonic_ns
-from typing import Any
+from typing import Any, Protocol
 
 from distexec import payload
 from distexec.lastwords import WORDS_BYTES, LastWords
@@ -127,13 +128,25 @@ class _Function:
         self.run_times = RunTimes()
 
 
-class _Worker:
+class Nest(Protocol):
+    """What makes the nested calls of the task that runs."""
+
+    def end_task(self) -> object:
+        """The task has ended."""
+
+
+class Worker:
     """Runs the tasks of one link until its pool says Bye or goes."""
 
     def __init__(self, link: BlockingLink, page: WorkerPage, unpacker: payload.CallUnpacker,
-                 output_fds: tuple[int, ...]) -> None:
+                 output_fds: tuple[int, ...], label: str = "") -> None:
         self.unpacker = self._unpacker = unpacker
-        self._link, self._page = link, page
+        self.link = self._link = link
+        self._page = page
+        self.label = label
+        self.nest: Nest | None = None  # for nested calls, once the session's executor was unpickled here
+        self.current: Run | None = None  # the task that runs
+        self.backlog: deque[Any] = deque()  # what a nest received meanwhile that is not its own
         self._pid = os.getpid()
         self._order = 0  # of the Run looked at last
         self._functions: dict[int, _Function] = {}
@@ -158,6 +171,9 @@ class _Worker:
             messages = receive()
             outbox.flushed_ns = monotonic_ns()
             for message in messages:
+                acts[type(message)](message)
+            while self.backlog:
+                message = self.backlog.popleft()
                 acts[type(message)](message)
             messages = message = None  # type: ignore[assignment]  # arguments must not outlive their task
             if self._skipped:
@@ -209,10 +225,14 @@ class _Worker:
             return
         if self._skipped:
             self._hand_back()
+        self.current = run
         if run.buffers:
             ended_ns = self._call_with_buffers(run, function)
         else:
             ended_ns = self._call(run, function, run.data)
+        self.current = None
+        if self.nest is not None:
+            self.nest.end_task()
         if is_loaded:  # else it took as long as an import or two, which says nothing of the next
             function.run_times.add(ended_ns - started_ns)
         if is_solo or ended_ns - outbox.flushed_ns > QUICK_NS:
@@ -258,7 +278,7 @@ class _Worker:
     def _call_with_buffers(self, run: Run, function: _Function) -> int:
         mappings = Mappings()
         try:
-            data, buffers = self._unfold(run.data, run.buffers, mappings.map)
+            data, buffers = self.unfold(run.data, run.buffers, mappings.map)
         except (OSError, KeyError) as error:
             failure = self._unpacker.pack_error(error)
             self.outbox.append(Outcome(run.session, run.seq, run.attempt, _PAYLOAD, failure, 0, (), self._pid))
@@ -289,7 +309,11 @@ class _Worker:
 
     # ---- bytes that travel beside the messages
 
-    def _unfold(self, data: bytes, buffers: Buffers, map_blob: MapBlob) -> tuple[Any, list[Any]]:
+    def act(self, message: Any) -> None:
+        """Act on a message at once. The thread that receives."""
+        self._acts[type(message)](message)
+
+    def unfold(self, data: bytes, buffers: Buffers, map_blob: MapBlob) -> tuple[Any, list[Any]]:
         """Return a pickle and its buffers with the blobs mapped. Empty `data` stands for the first buffer."""
         if not data:
             return unfold(buffers[0], self._locate, map_segment), [
@@ -328,7 +352,7 @@ class _Worker:
 
     def _on_define(self, define: Define) -> None:
         # Mapped now: the announcement of a blob need not last until the function is first run.
-        data, buffers = self._unfold(define.data, define.buffers, map_segment)
+        data, buffers = self.unfold(define.data, define.buffers, map_segment)
         self._functions[define.fn] = _Function(data, buffers)
 
     def _on_undefine(self, undefine: Undefine) -> None:
@@ -350,6 +374,9 @@ class _Worker:
         self._is_leaving = True
 
 
+this_worker: Worker | None = None
+"""The one that this process is, if it is one."""
+
 MapBlob = Callable[[int, int, int], memoryview]
 Shared = tuple[OutcomeKind, bytes, Buffers, list[tuple[Segment, int]]]
 
@@ -365,14 +392,16 @@ def unfold(buffer: bytes | BlobRef, locate: Callable[[BlobRef], tuple[int, int]]
 
 
 def serve(link_fd: int, page_fd: int, *, unpacker: payload.CallUnpacker | None = None,
-          initializer: Initializer | None = None, outputs: tuple[int, int] | None = None) -> int:
+          initializer: Initializer | None = None, outputs: tuple[int, int] | None = None, label: str = "") -> int:
     """Be a worker on a link and a page until the pool says Bye or goes; return the exit code to end with.
 
     Args:
         unpacker: forked along from the template; None: a new one.
         initializer: called before Ready is said; None: none. What it raises ends the worker.
         outputs: files that descriptors 1 and 2 become, if the output is captured; else the page has its last words.
+        label: of the session, by which its executor is known when it is unpickled in a task.
     """
+    global this_worker
     page = WorkerPage(page_fd)
     if outputs:
         import faulthandler
@@ -383,7 +412,7 @@ def serve(link_fd: int, page_fd: int, *, unpacker: payload.CallUnpacker | None =
     else:
         page.words.listen(page_fd, CELLS_BYTES)
     link = BlockingLink(socket.socket(fileno=link_fd), ToWorker)
-    worker = _Worker(link, page, unpacker or payload.CallUnpacker(), outputs or ())
+    worker = this_worker = Worker(link, page, unpacker or payload.CallUnpacker(), outputs or (), label)
     os.register_at_fork(before=worker.prepare_fork, after_in_child=worker.forsake)
     try:
         if initializer is not None and not _initialize(worker, initializer):
@@ -406,7 +435,7 @@ def leave() -> None:
     flush_streams()
 
 
-def _initialize(worker: _Worker, initializer: Initializer) -> bool:
+def _initialize(worker: Worker, initializer: Initializer) -> bool:
     """Run the initializer; if it raises, tell the pool and return False."""
     try:
         initializer(worker.unpacker)

@@ -6,6 +6,7 @@ import atexit
 import faulthandler
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from multiprocessing import util
@@ -34,6 +35,8 @@ def pytest_configure(config: pytest.Config) -> None:
     for name in [name for name in os.environ if name.startswith("DISTEXEC_")]:
         del os.environ[name]  # the developer's own cluster is not to be tested on
     os.environ["XDG_CONFIG_HOME"] = os.path.join(directory, "pytest-of-config")
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # we run in a shell's background; programs under test shall not
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     leaks.adopt_orphans()
 
 

@@ -42,7 +42,8 @@ class WatchedPlacement(Placement):
     """Checks each lease at the moment it is made."""
 
     def _lease(self, task: Task, lane: Lane, estimate_s: float | None = None) -> None:
-        before = len(lane.leases)
+        before = len(lane.leases) - lane.spare
+        is_borrowing = vars(self).get("is_borrowing", False)
         super()._lease(task, lane, estimate_s)
         _expect(lane.state is not LaneState.SUSPENDED, lambda: f"{task} was leased to suspended {lane}")
         _expect(lane.state is not LaneState.QUARANTINED, lambda: f"{task} was leased to quarantined {lane}")
@@ -51,8 +52,13 @@ class WatchedPlacement(Placement):
             lambda: f"{task} was leased to {lane}, where it died before",
         )
         _expect(lane.revoke_end is None, lambda: f"{task} was leased into a revocation on {lane}")
-        _expect(len(lane.leases) == before + 1, lambda: f"{task} took the place of another lease on {lane}")
-        if before >= lane.slots:
+        _expect(len(lane.leases) - lane.spare == before + 1, lambda: f"{task} took the place of another lease on {lane}")
+        if is_borrowing:
+            has_slot = lane.lent < lane.paused or (lane.state is LaneState.DRAINING and before < lane.slots + lane.paused)
+            _expect(lane.is_worker or has_slot, lambda: f"{task} is leased to a slot that nobody lends on {lane}")
+            _expect(not lane.is_worker or lane.session.active <= lane.session.granted,
+                    lambda: f"{task} runs beyond the share of {lane.session}")
+        elif before >= lane.slots:
             _expect(not task.is_solo, lambda: f"{task} (retries=0) was leased ahead on {lane}")
             if lane.is_worker:
                 _expect(
@@ -65,7 +71,27 @@ class WatchedPlacement(Placement):
                     lambda: f"node window passed by {task} on {lane}",
                 )
         elif lane.is_worker:
-            _expect(lane.session.busy <= lane.session.granted, lambda: f"{task} runs beyond the share of {lane.session}")
+            session = lane.session
+            _expect(session.busy <= session.granted + session.spare, lambda: f"{task} runs beyond the share of {session}")
+
+    def _borrow(self, session: Session, lane: Lane) -> bool:
+        vars(self)["is_borrowing"] = True
+        has_leased = super()._borrow(session, lane)
+        vars(self)["is_borrowing"] = False
+        if has_leased:
+            task = next(reversed(lane.leases.values()))
+            options, kin = task.run.options, task.kin
+            _expect(
+                options is not None and kin is not None and (kin.is_lent or any(
+                    seq in session.blocked for seq in options.ancestors)),
+                lambda: f"{task} runs in a slot lent on {lane}, and nobody waits for it",
+            )
+        return has_leased
+
+    def resume(self, task: Task, lane: Lane) -> None:
+        """A task goes on without asking."""
+        vars(self)["resumed"] = vars(self).get("resumed", 0) + 1
+        super().resume(task, lane)
 
 
 class Checker:
@@ -100,6 +126,11 @@ class Checker:
                 f"deaths and {call.unsent} outcomes lost"
             ),
         )
+        for attempt, child in call.children:
+            _expect(
+                child.is_over or attempt >= execution.attempt,  # a node that is cut off may begin an older one
+                lambda: f"{call} begins again while {child}, called by attempt {attempt}, has not ended",
+            )
         _expect(not call.discarded or call.root.is_closed, lambda: f"{call} begins though it was withdrawn")
         if call.retries == 0:
             _expect(call.begun <= call.excused, lambda: f"{call} has retries=0 and begins again")
@@ -133,6 +164,12 @@ class Checker:
             not self.is_calm or call.killed_at is None or self.world.now < call.killed_at + KILLS_S,
             lambda: f"{call} was to be killed at {call.killed_at} and goes on",
         )
+
+    def on_nested_end(self, call: Call, task: Task) -> None:
+        """A root says that a nested call has ended."""
+        _expect(not call.is_over, lambda: f"{call} ends again")
+        _expect(task.lane is None and not task.queued, lambda: f"{call} ended but is still {task}")
+        _expect(task.deaths <= call.retries + 1, lambda: f"{call} died {task.deaths} times")
 
     def on_step(self, vertex: Vertex, arguments: tuple[Any, ...]) -> None:
         """A scheduler took a step."""
@@ -177,8 +214,10 @@ class Checker:
     # ---- vertices
 
     def _check_slots(self, vertex: Vertex) -> None:
-        busy = sum(session.busy for session in vertex.scheduler.sessions)
-        allowed = max(vertex.scheduler.slots, self._busy[vertex])  # after a shrink it may only fall
+        busy = sum(session.active for session in vertex.scheduler.sessions)
+        resumed = vars(vertex.scheduler._place).pop("resumed", 0)
+        # after a shrink it may only fall, but for those who go on
+        allowed = max(vertex.scheduler.slots, self._busy[vertex] + resumed)
         _expect(busy <= allowed, lambda: f"{busy} of {vertex.scheduler.slots} slots busy at {vertex}")
         self._busy[vertex] = busy
 
@@ -187,14 +226,14 @@ class Checker:
         where = vertex.name
         busy = workers = leased = 0
         has_free = None
-        can_use_own = session.busy < session.granted
+        can_use_own = session.busy < session.granted + session.spare
         for lane in session.lanes.values():
             count = len(lane.leases)
             leased += count
             if lane.is_worker:
                 workers += 1
                 busy += count > 0
-            is_free = count < lane.slots and lane.state is LaneState.ACTIVE and lane.revoke_end is None
+            is_free = count < lane.slots + lane.spare and lane.state is LaneState.ACTIVE and lane.revoke_end is None
             if is_free is not (lane in session.free):
                 raise Violation(f"{where}: {lane} among the free: {lane in session.free}")
             if is_free and has_free is None and (not lane.is_worker or can_use_own) and session.next_for(lane) is not None:
@@ -205,8 +244,10 @@ class Checker:
         _expect(workers == session.workers, lambda: f"{where}: workers {session.workers}, really {workers}")
         _expect(len(session.free) <= len(session.lanes), lambda: f"{where}: a dropped lane among the free")
         queued = session.queue.count
-        for queue in session.pinned.values():
+        for queue in [*session.pinned.values(), *(session.broods or ())]:
             queued += queue.count
+        if session.broods is not None and session.broods.count:
+            self._check_lent(where, session)
         # abandoned attempts are leased, but not among the tasks
         _expect(
             queued + len(session.waiting) <= len(session.tasks) <= queued + len(session.waiting) + leased,
@@ -214,8 +255,20 @@ class Checker:
         )
         if session.queue.count and not session.failed and can_use_own:
             idle = session.workers - session.busy
-            need = min(session.granted - session.workers, session.queue.count - idle) - session.starting
+            need = min(session.granted + session.spare - session.workers, session.queue.count - idle) - session.starting
             _expect(need <= 0, lambda: f"{where}: {need} workers should be starting for {session}")
+
+    def _check_lent(self, where: str, session: Session) -> None:
+        """No nested call waits that could use a slot that is lent."""
+        lanes = [lane for lane in session.free if lane.is_worker] if (
+            session.active < session.granted) else []
+        for lane in [*lanes[:1], *(lane for lane in session.lanes.values() if lane.has_lent_slot())]:
+            for brood in session.broods or ():
+                task = brood.peek()
+                _expect(
+                    task is None or not session.may_run(brood, lane) or not session.may_borrow(brood),
+                    lambda: f"{where}: {task} waits though a slot is lent on {lane}",
+                )
 
     def _check_named(self, vertex: Vertex, arguments: tuple[Any, ...]) -> None:
         for argument in arguments:
@@ -283,15 +336,16 @@ class Checker:
             lambda: f"{vertex.name}: uplinks {scheduler._uplinks._sessions}",
         )
         _expect(not scheduler._place.touched, lambda: f"{vertex.name}: a touched session was not settled")
-        granted = sum(max(s.granted, s.busy) for s in scheduler.sessions)
+        granted = sum(max(s.granted, s.active) for s in scheduler.sessions)
         _expect(
-            granted <= max(scheduler.slots, sum(s.busy for s in scheduler.sessions)),
+            granted <= max(scheduler.slots, sum(s.active for s in scheduler.sessions)),
             lambda: f"{vertex.name}: {granted} granted of {scheduler.slots}",
         )
 
     def _check_session(self, vertex: Vertex, session: Session) -> None:
         where = vertex.name
-        for name, queue in [("", session.queue), *session.pinned.items()]:
+        nested = [(brood.ancestors, brood) for brood in session.broods or ()]
+        for name, queue in [("", session.queue), *session.pinned.items(), *nested]:
             tasks = list(queue)
             _expect(
                 len(tasks) == len(set(tasks)) == queue.count,
@@ -308,6 +362,13 @@ class Checker:
             self._check_task(vertex, session, task)
         for lane in session.lanes.values():
             self._check_lane(vertex, session, lane)
+        leased = [task for lane in session.lanes.values() if lane.is_worker for task in lane.leases.values()]
+        paused = sum(task.kin is not None and task.kin.is_blocked for task in leased)
+        lent = sum(task.kin is not None and task.kin.has_borrowed for task in leased)
+        _expect((paused, lent) == (session.paused, session.lent),
+                lambda: f"{where}: {session.paused} paused, {session.lent} lent, really {paused} and {lent}")
+        _expect(all(task.lane is not None and task.kin is not None and task.kin.is_blocked
+                    for task in session.blocked.values()), lambda: f"{where}: {session.blocked} do not all wait")
         ceiling = session.ceiling
         if ceiling:
             used = session.granted + sum(lane.slots for lane in session.lanes.values() if not lane.is_worker)
@@ -361,6 +422,10 @@ class Checker:
             "waiting": session.waiting,
             "queue": list(session.queue),
             "busy": session.busy,
+            "waiting for nested calls": session.blocked,
+            "paused or lent": session.paused or session.lent or session.spare,
+            "calls left behind": session.left,
+            "nested": session.broods is not None and session.broods.count,
             "pinned": [q for q in session.pinned.values() if q],
             "leases": [task for lane in session.lanes.values() for task in lane.leases.values()],
         }

@@ -15,13 +15,14 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
+from random import Random
 
 from distexec.messages import Options
 
 from .checker import Checker
 from .durable import LINGER_S, DurableRoot
 from .vertices import Root, Vertex
-from .world import Cable, Call, Violation, World
+from .world import Cable, Call, Plan, Violation, World
 
 LOCAL, AGENTS, TREE = "local", "agents", "tree"
 CALM, SHORT_CUTS, WILD, STORM = "calm", "short cuts", "wild", "storm"
@@ -44,9 +45,19 @@ class History:
     seconds: float = 0.0
 
 
-def play(seed: int, *, shape: str | None = None, mood: str | None = None, log: list[str] | None = None) -> History:
-    """Play the history of a seed; raises `Violation` naming it when an invariant does not hold."""
-    story = _Story(seed, shape, mood)
+def play(
+    seed: int,
+    *,
+    shape: str | None = None,
+    mood: str | None = None,
+    log: list[str] | None = None,
+    nests: bool | None = None,
+) -> History:
+    """Play the history of a seed; raises `Violation` naming it when an invariant does not hold.
+
+    `nests`: whether calls make calls; None: in some histories they do.
+    """
+    story = _Story(seed, shape, mood, nests)
     story.world.log = log
     try:
         story.play()
@@ -101,7 +112,7 @@ def play_shards(seeds: Sequence[int], size: int = 50) -> Iterator[Total]:
 
 
 class _Story:
-    def __init__(self, seed: int, shape: str | None, mood: str | None) -> None:
+    def __init__(self, seed: int, shape: str | None, mood: str | None, nests: bool | None) -> None:
         self.world = world = World(seed)
         self.random = random = world.random
         self.shape = shape or random.choice((LOCAL, AGENTS, AGENTS, TREE, TREE))
@@ -126,6 +137,8 @@ class _Story:
         self.agents: list[Vertex] = []
         self.hubs: list[Vertex] = []
         self.is_peaceful = False
+        self.nesting = Random(~seed)  # dice of its own, so that other histories stay what they are
+        self.uses_nesting = self.nesting.random() < 0.3 if nests is None else nests
         self._build()
 
     # ---- the cluster
@@ -182,8 +195,29 @@ class _Story:
         root = random.choice(self.world.roots)
         if not root.is_alive or root.is_closed or len(root.calls) >= self.max_calls:
             return
+        if self.uses_nesting and not isinstance(root, DurableRoot) and self.nesting.random() < 0.7:
+            self._submit_nested(root)
+            return
         for _ in range(random.choice((1, 1, 2, 5, 20))):
             self._submit_one(root)
+
+    def _submit_nested(self, root: Root) -> None:
+        for _ in range(self.nesting.choice((1, 1, 2, 6))):
+            plan = self._plan(self.nesting.choice((1, 1, 2, 3)))
+            root.submit(8, plan.duration_s, retries=plan.retries, plan=plan, is_error=plan.is_error)
+
+    def _plan(self, levels: int) -> Plan:
+        dice = self.nesting
+        count = dice.choice((0, 1, 1, 2, 3)) if levels else 0
+        return Plan(
+            duration_s=dice.choice((1e-5, 1e-5, dice.uniform(0.0, 0.01), dice.uniform(0.0, 0.2))),
+            calls=tuple(self._plan(levels - 1) for _ in range(count)),
+            waits=dice.random() < 0.85,
+            gives_up=count if dice.random() < 0.1 else 0,
+            is_error=dice.random() < 0.1,
+            retries=dice.choice((0, 1, 3, 3)),
+            priority=dice.choice((0, 0, 0, 2)),
+        )
 
     def _submit_one(self, root: Root) -> Call:
         random = self.random

@@ -13,9 +13,11 @@ from typing import Any
 from distexec import shares
 from distexec.downlinks import Downlinks
 from distexec.fates import Fates
-from distexec.ledger import Lane, Queue, Session, Task
+from distexec.kin import Kin
+from distexec.ledger import Lane, Session, Task
 from distexec.messages import Lost, Outcome, OutcomeKind, Run
 from distexec.placement import Placement
+from distexec.queues import Queue
 from distexec.recovery import Recovery
 from distexec.scheduler import Scheduler
 from distexec.uplinks import Uplinks
@@ -28,8 +30,15 @@ Original = Callable[..., Any]
 class Mutant:
     """A method of `owner` replaced by `wrong(original)`; `mood` is that of the histories in which it does most harm."""
 
-    def __init__(self, owner: Any, method: str, wrong: Callable[[Original], Original], mood: str | None = None) -> None:
-        self.mood = mood
+    def __init__(
+        self,
+        owner: Any,
+        method: str,
+        wrong: Callable[[Original], Original],
+        mood: str | None = None,
+        nests: bool | None = None,
+    ) -> None:
+        self.mood, self.nests = mood, nests
         self.name = (wrong.__doc__ or "").rstrip(".")
         self._owner, self._method, self._wrong = owner, method, wrong
 
@@ -54,7 +63,7 @@ def caught(mutant: Mutant, seeds: Iterable[int]) -> tuple[int, str] | None:
     with mutant.planted():
         for count, seed in enumerate(seeds, 1):
             try:
-                play(seed, mood=mutant.mood)
+                play(seed, mood=mutant.mood, nests=mutant.nests)
             except Exception as failure:  # any: a wrong scheduler may also trip over its own feet
                 return count, f"{type(failure).__name__}: {failure}"
     return None
@@ -312,6 +321,84 @@ def _recognise_nothing(original: Original) -> Original:
     """Drop what nodes hold since an earlier life."""
     return lambda self, lane, task, attempt: False
 
+
+# ---- nested calls
+
+
+def _lend_to_strangers(original: Original) -> Original:
+    """Let a slot that was lent run whoever comes first."""
+    return lambda self, brood: True
+
+
+def _spare_the_children(original: Original) -> Original:
+    """Leave the calls of a lost attempt running."""
+
+    def wrong(self: Kin, task: Task, *, has_returned: bool) -> None:
+        original(self, task, has_returned=True)
+
+    return wrong
+
+
+def _run_again_at_once(original: Original) -> Original:
+    """Run a lost parent again before its calls have ended."""
+
+    def wrong(self: Kin, task: Task) -> bool:
+        if original(self, task):
+            self._run_again(task)
+            if task.kin is not None:
+                task.kin.is_held = False
+        return False
+
+    return wrong
+
+
+def _say_nothing_again(original: Original) -> Original:
+    """Keep calls to oneself that were made while the link was cut."""
+    return lambda self, session: None
+
+
+def _answer_only_once(original: Original) -> Original:
+    """Forget answers that a cut swallowed."""
+    return lambda self, lane: None
+
+
+def _make_calls_twice(original: Original) -> Original:
+    """Take a call that is said again for another one."""
+
+    def wrong(self: Kin, peer: Any, message: Any, now: float) -> None:
+        leased = self._leased(peer, message)
+        if leased is not None and leased[0].kin is not None:
+            leased[0].kin.last_call = 0
+        original(self, peer, message, now)
+
+    return wrong
+
+
+def _stay_paused(original: Original) -> Original:
+    """Lend the slot of a task that ended while it waited for ever."""
+
+    def wrong(self: Placement, task: Task, lane: Lane) -> None:
+        if task.kin is not None and not task.kin.is_blocked:
+            original(self, task, lane)
+
+    return wrong
+
+
+def _lend_nothing(original: Original) -> Original:
+    """Do not tell nodes that a task of theirs may use what is lent."""
+    return lambda self, task, lane: None
+
+
+NESTED = [
+    Mutant(Session, "may_borrow", _lend_to_strangers, nests=True),
+    Mutant(Kin, "over", _spare_the_children, nests=True),
+    Mutant(Kin, "hold", _run_again_at_once, nests=True),
+    Mutant(Kin, "say_again", _say_nothing_again, SHORT_CUTS, nests=True),
+    Mutant(Kin, "answer_again", _answer_only_once, SHORT_CUTS, nests=True),
+    Mutant(Kin, "_on_submit", _make_calls_twice, SHORT_CUTS, nests=True),
+    Mutant(Placement, "_leave_slot", _stay_paused, nests=True),
+    Mutant(Placement, "tell_lent", _lend_nothing, nests=True),
+]
 
 MORE = [
     Mutant(Scheduler, "_on_outcome", _acknowledge_at_once, SHORT_CUTS),

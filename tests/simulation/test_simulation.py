@@ -7,7 +7,7 @@ import hashlib
 import pytest
 
 from .history import CALM, Total, play, play_shards
-from .mutants import MORE, PLANTED_BY_THE_ISSUE, Mutant, caught
+from .mutants import MORE, NESTED, PLANTED_BY_THE_ISSUE, Mutant, caught
 
 SEEDS = range(2200)
 EVENTS = 2_000_000
@@ -45,7 +45,7 @@ def test_a_calm_history_begins_each_call_once() -> None:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("mutant", PLANTED_BY_THE_ISSUE + MORE, ids=repr)
+@pytest.mark.parametrize("mutant", PLANTED_BY_THE_ISSUE + MORE + NESTED, ids=repr)
 def test_a_planted_bug_is_caught(mutant: Mutant) -> None:
     """With this bug in place some history fails soon."""
     found = caught(mutant, range(10_000, 11_000))

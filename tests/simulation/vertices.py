@@ -9,16 +9,30 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from distexec.kin import Called, Ended, Spent, ancestors_of
 from distexec.ledger import Session, Task
-from distexec.messages import BlobRef, Define, Lost, Message, Open, Options, Outcome, Run, SessionSpec
+from distexec.messages import (
+    BlobRef,
+    Define,
+    Lost,
+    Message,
+    Open,
+    Options,
+    Outcome,
+    OutcomeKind,
+    Run,
+    SessionSpec,
+    Submit,
+)
 from distexec.scheduler import Scheduler
 
 from .workers import Pool
-from .world import Cable, Call, Downlink, Line, Violation, World
+from .world import Cable, Call, Downlink, Line, Plan, Violation, World
 
 HOUSEKEEPING_S = 0.5
 BLOB = BlobRef(b"b" * 16, 2 << 20)
 NO_SPEC = SessionSpec()
+NESTED_FN = 9
 
 
 class Vertex:
@@ -134,6 +148,7 @@ class Vertex:
 
     def _conclude(self) -> None:
         assert not self.scheduler.take_ended(), "only roots own tasks"
+        assert all(isinstance(each, Spent) for each in self.scheduler.take_kin()), "only roots make nested calls tasks"
 
     def hear(self, line: Line, messages: list[Message]) -> None:
         """Take in what the vertex above said; `Open` is the dispatcher's to judge."""
@@ -209,6 +224,7 @@ class Root(Vertex):
         self.session: Session
         self.is_closed = False
         self.ended = 0
+        self.made: set[tuple[Call, int, int]] = set()  # nested calls: whose, of which attempt, which
         self._last_seq = 0
         world.roots.append(self)
 
@@ -236,11 +252,13 @@ class Root(Vertex):
         retries: int = 3,
         is_error: bool = False,
         has_blob: bool = False,
+        plan: Plan | None = None,
     ) -> Call:
         """Submit one call."""
         self._last_seq += 1
         seq = self._last_seq
         call = Call(self, seq, fn, duration_s, options, retries, is_error)
+        call.plan = plan
         key = f"{self.name}/{seq}".encode()
         run = Run(self.session.no, seq, 1, fn, key, (BLOB,) if has_blob else (), options)
         self.calls[seq] = self.open_calls[seq] = self.world.calls[key] = call
@@ -277,7 +295,36 @@ class Root(Vertex):
         call.discarded = True
         del self.open_calls[call.seq]
 
+    def _make(self, parent: Task, submit: Submit) -> None:
+        """Make a nested call a task."""
+        plan = self.world.plans[submit.data]
+        self._last_seq += 1
+        seq, fn = self._last_seq, NESTED_FN
+        options = Options(0.0, plan.priority, "", plan.retries == 0, ancestors_of(parent))
+        call = Call(self, seq, fn, plan.duration_s, options, plan.retries, plan.is_error)
+        key = f"{self.name}/{seq}".encode()
+        call.plan = plan
+        call.task = Task(Run(self.session.no, seq, 1, fn, key, (), options), self.session, call, plan.retries)
+        if fn not in self.session.code:
+            self.act(self.scheduler.define, self.session, Define(self.session.no, fn, b""))
+        self.calls[seq] = self.open_calls[seq] = self.world.calls[key] = call
+        if (parent.owner, submit.attempt, submit.call) in self.made:
+            raise Violation(f"{parent} made call {submit.call} of attempt {submit.attempt} twice")
+        self.made.add((parent.owner, submit.attempt, submit.call))
+        parent.owner.children.append((submit.attempt, call))
+        if not self.act(self.scheduler.submit_nested, parent, submit, call.task, self.world.now):
+            call.discarded = True
+            del self.open_calls[seq]
+
     def _conclude(self) -> None:
+        for each in self.scheduler.take_kin():
+            if isinstance(each, Called):
+                self._make(each.parent, each.submit)
+            elif isinstance(each, Ended):
+                nested: Call = each.task.owner
+                self.world.observer.on_nested_end(nested, each.task)
+                nested.end = Outcome(0, nested.seq, each.task.run.attempt, OutcomeKind.VALUE, b"", 0)
+                del self.open_calls[nested.seq]
         for task, end in self.scheduler.take_ended():
             self.end(task, end)
         for _, peer, _ in self.scheduler.take_failures():

@@ -11,7 +11,21 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from distexec.ledger import EndSession, KillWorker, PoolAction, Revoke, Session, StartWorker, StopWorker
-from distexec.messages import Define, Evidence, Message, Outcome, OutcomeKind, Returned, Run, Undefine
+from distexec.messages import (
+    Answer,
+    Blocked,
+    Define,
+    Evidence,
+    Message,
+    Outcome,
+    OutcomeKind,
+    Refuse,
+    Returned,
+    Run,
+    Submit,
+    Took,
+    Undefine,
+)
 
 from .world import Execution, Violation
 
@@ -130,6 +144,11 @@ class Worker:
         if not self.is_alive:
             return
         self._inbox += [message for message in messages if isinstance(message, (Run, Define, Undefine))]
+        for message in messages:
+            if isinstance(message, Answer):
+                self._on_answer(message)
+            elif isinstance(message, Refuse):
+                self._on_refuse(message)
         if self.running is None:
             self._flushed_at = self.world.now
             self._go_on()
@@ -198,19 +217,76 @@ class Worker:
         execution = self.running = Execution(call, run.attempt, self)
         world.observer.on_begin(execution)
         call.begun += 1
+        self._call(execution, run)
         fails = self.pool.vertex.fails
         if fails and world.random.random() < fails:
             world.after(call.duration_s * world.random.random(), self._die_of, execution)
             return
         world.after(call.duration_s, self._end, execution, run)
 
+    # ---- nested calls
+
+    def _call(self, execution: Execution, run: Run) -> None:
+        plan = execution.call.plan
+        if plan is None or not plan.calls:
+            return
+        for number, each in enumerate(plan.calls, 1):
+            data = f"{run.data.decode()}.{run.attempt}.{number}".encode()
+            self.world.plans[data] = each
+            self._outbox.append(
+                Submit(run.session, run.seq, run.attempt, number, b"", b"", (), data, (), None, each.retries)
+            )
+            execution.pending.add(number)
+        given_up = list(range(1, plan.gives_up + 1))
+        if given_up:
+            self._outbox.append(Took(run.session, run.seq, run.attempt, given_up))
+            execution.pending.difference_update(given_up)
+        self._flush()
+
+    def _is_of_running(self, message: Answer | Refuse) -> bool:
+        running = self.running
+        return running is not None and (running.call.seq, running.attempt) == (message.seq, message.attempt)
+
+    def _on_answer(self, message: Answer) -> None:
+        running = self.running
+        if running is None or not self._is_of_running(message):
+            return
+        running.pending.discard(message.call)
+        self._outbox.append(Took(message.session, message.seq, message.attempt, [message.call]))
+        if running.is_blocked and not running.pending:
+            self._unblock(running, message)
+        self._flush()
+
+    def _on_refuse(self, message: Refuse) -> None:
+        running = self.running
+        if running is not None and self._is_of_running(message) and running.is_blocked:
+            running.is_refused = True
+            self._unblock(running, message)
+            self._flush()
+
+    def _unblock(self, running: Execution, message: Answer | Refuse) -> None:
+        running.is_blocked = False
+        self._outbox.append(Blocked(message.session, message.seq, message.attempt, False))
+        run = running.call.task.run
+        here = Run(message.session, run.seq, message.attempt, run.fn, run.data, run.buffers, run.options)
+        self.world.after(0.00001, self._end, running, here)
+
+    def _waits(self, execution: Execution, run: Run) -> bool:
+        plan = execution.call.plan
+        if plan is None or not plan.waits or not execution.pending or execution.is_refused:
+            return False
+        execution.is_blocked = True
+        self._outbox.append(Blocked(run.session, run.seq, run.attempt, True))
+        self._flush()
+        return True
+
     def _end(self, execution: Execution, run: Run) -> None:
-        if not self.is_alive:
+        if not self.is_alive or self._waits(execution, run):
             return
         call, now = execution.call, self.world.now
         self.running = None
         self._seen[run.fn] = max(call.duration_s, self._seen.get(run.fn, 0.0) * 0.5)
-        kind = OutcomeKind.ERROR if call.is_error else OutcomeKind.VALUE
+        kind = OutcomeKind.ERROR if call.is_error or execution.is_refused else OutcomeKind.VALUE
         self._untold.append(execution)
         self._outbox.append(Outcome(run.session, run.seq, run.attempt, kind, run.data, round(call.duration_s * 1e9)))
         if (run.options is not None and run.options.solo) or now - self._flushed_at > QUICK_S:

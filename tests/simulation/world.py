@@ -12,6 +12,7 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from random import Random
 from typing import TYPE_CHECKING, Any
 
@@ -29,12 +30,26 @@ class Violation(AssertionError):
     """An invariant does not hold."""
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a call does: how long it works, what it calls, whether it waits for that, how many of it it gives up at once."""
+
+    duration_s: float
+    calls: tuple[Plan, ...] = ()
+    waits: bool = True
+    gives_up: int = 0
+    is_error: bool = False
+    retries: int = 3
+    priority: int = 0
+
+
 class Call:
     """One submitted call as the omniscient observer knows it."""
 
     __slots__ = (
         "begun",
         "cancelled",
+        "children",
         "discarded",
         "duration_s",
         "end",
@@ -43,6 +58,7 @@ class Call:
         "is_error",
         "killed_at",
         "options",
+        "plan",
         "retries",
         "root",
         "seq",
@@ -57,6 +73,8 @@ class Call:
         self.root, self.seq, self.fn, self.duration_s, self.options = root, seq, fn, duration_s, options
         self.retries, self.is_error = retries, is_error
         self.task: Task
+        self.plan: Plan | None = None  # what it calls
+        self.children: list[tuple[int, Call]] = []  # what it has called, and in which attempt
         self.begun = 0  # executions that began
         self.excused = 0  # executions more that a death of its root may cost
         self.unsent = 0  # executions that ended, but whose outcome died with their worker
@@ -78,10 +96,12 @@ class Call:
 class Execution:
     """One run of a call in a worker."""
 
-    __slots__ = ("attempt", "call", "worker")
+    __slots__ = ("attempt", "call", "is_blocked", "is_refused", "pending", "worker")
 
     def __init__(self, call: Call, attempt: int, worker: Worker) -> None:
         self.call, self.attempt, self.worker = call, attempt, worker
+        self.is_blocked = self.is_refused = False
+        self.pending: set[int] = set()  # nested calls that were not answered
 
 
 class World:
@@ -96,6 +116,7 @@ class World:
         self.roots: list[Root] = []
         self.cables: list[Cable] = []
         self.calls: dict[bytes, Call] = {}
+        self.plans: dict[bytes, Plan] = {}  # of nested calls, by their arguments
         self.observer: Any = None  # the checker
         self.node_timeout_s = 1.0
         self.orphan_s = 3.0

@@ -12,6 +12,7 @@ import secrets
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -20,11 +21,11 @@ from typing import Any
 
 import pytest
 
-from distexec import ClusterExecutor, DistexecError, JournalError, TaskTimeout, WorkerLost
+from distexec import ClusterExecutor, DistexecError, JournalError, TaskKilled, TaskTimeout, WorkerLost
 from distexec.address import parse_address, resolve
 from distexec.auth import Secret
 from distexec.cli import main
-from distexec.journal import Journal
+from distexec.journal import Journal, NodeRow
 from distexec.survey import drop_session
 from tests.agents import ROOT, AgentProcess
 from tests.leaks import wait_until
@@ -196,7 +197,7 @@ with ClusterExecutor(1, nodes=[sys.argv[3]], durable=sys.argv[1]) as executor:
 def test_killed_at_random_moments(agent: AgentProcess, tmp_path: Path) -> None:
     """kill -9 at random moments of a run of 2,000 tasks, again and again: all answers are there, no task ran twice."""
     rng = random.Random(20)
-    program = Program(agent, tmp_path, TASKS, 0.5 * KILLS / TASKS)
+    program = Program(agent, tmp_path, TASKS, 0.8 * KILLS / TASKS)
     killed = 0
     for _ in range(KILLS):
         is_recovered = program.journal.exists() and rng.random() < 0.3  # by a program that knows no more than the journal
@@ -282,6 +283,56 @@ def test_drop(agent: AgentProcess, tmp_path: Path) -> None:
     again = program.shell("drop", "run.db")
     assert (again.returncode, again.stdout) == (0, "no node holds anything of run.db\n")
     assert "2 unfinished" in program.shell("recover", "run.db", "--show").stdout
+
+
+def test_drop_asks_the_nodes_that_can_be_found(agent: AgentProcess, tmp_path: Path) -> None:
+    """The name of one node is not known any more → said, and the others drop the session all the same."""
+    program = Program(agent, tmp_path, 2, 60.0)
+    with program.start() as process:
+        assert wait_until(lambda: len(deeds.notes(tmp_path)) == 2, WAIT_S)
+        process.kill()
+    journal = Journal(program.journal)
+    journal.set_nodes([NodeRow("nowhere.invalid:9", None, True)])
+    journal.close()
+    assert program.shell("drop", "run.db", "--timeout", "0").returncode == 2
+    dropped = program.shell("drop", "run.db")
+    assert dropped.returncode == 1, dropped
+    assert f"{agent.address}: dropped 2 calls and outcomes\n" in dropped.stdout
+    assert "nowhere.invalid:9: not asked: " in dropped.stdout
+
+
+def test_a_session_dropped_under_its_client(agent: AgentProcess) -> None:
+    """Who has the token drops a session in use → its client hears of it and begins anew, its calls run again."""
+    targets = [(agent.address, resolve(parse_address(agent.address)))]
+    with ClusterExecutor(nodes=[agent.address], secret=agent.secret) as executor:
+        futures = [executor.submit(deeds.nap, 0.5, number) for number in range(4)]
+        assert wait_until(lambda: any(future.running() for future in futures), WAIT_S)
+        opened = executor._root.session.opened
+        (count,) = drop_session(targets, Secret.parse(agent.secret), WAIT_S, opened.id, opened.token).values()
+        assert isinstance(count, int)
+        assert count >= 0
+        assert [future.result(WAIT_S) for future in futures] == list(range(4))
+
+
+def test_a_node_out_of_reach_at_the_end_can_be_told_later(agent: AgentProcess, tmp_path: Path) -> None:
+    """A node is stopped, its call given up, the executor closed → the journal knows that it may hold it: `drop` works."""
+    program = Program(agent, tmp_path, 0, 0.0)
+    try:
+        with ClusterExecutor(nodes=[agent.address], secret=agent.secret, durable=program.journal,
+                             node_timeout=2.0) as executor:
+            future = executor.submit(deeds.note_and_return, str(tmp_path), 1)
+            assert future.result(WAIT_S) == 1
+            future = executor.submit(deeds.nap, 60.0, 2)
+            assert wait_until(lambda: future.node == "n1", WAIT_S)
+            os.kill(agent.process.pid, signal.SIGSTOP)
+            assert wait_until(lambda: executor.nodes()[0].state != "up", WAIT_S)
+            future.kill()
+            assert isinstance(future.exception(WAIT_S), TaskKilled)
+    finally:
+        os.kill(agent.process.pid, signal.SIGCONT)
+    dropped = program.shell("drop", "run.db")
+    assert dropped.returncode == 0, dropped
+    assert dropped.stdout.startswith(f"{agent.address}: dropped ")
 
 
 def test_a_node_that_died_meanwhile(agent: AgentProcess, tmp_path: Path) -> None:
@@ -438,6 +489,117 @@ def test_shutdown_with_cancelled_futures(make: Make, tmp_path: Path) -> None:
     assert sum(future.cancelled() for future in futures) > 0
     done = [future.result(0) for future in futures if not future.cancelled()]
     assert sorted(map(int, deeds.notes(tmp_path))) == sorted(done)
+    with ClusterExecutor.recover(tmp_path / "run.db", nodes="local") as calls:
+        assert [future.cancelled() for future in calls] == [future.cancelled() for future in futures]
+
+
+def test_what_is_cancelled_while_nobody_has_a_slot(tmp_path: Path) -> None:
+    """Cancelled at once, before it is recorded or after: nothing is left to wait for, though no slot ever comes."""
+    with make_local(1, durable=tmp_path / "run.db") as executor:
+        executor.set_slots("local", 0)
+        futures = [executor.submit(deeds.double, number) for number in range(200)]
+        assert all(future.cancel() for future in futures)
+    with ClusterExecutor.recover(tmp_path / "run.db") as calls:
+        assert all(future.cancelled() for future in calls)
+        assert len(calls) == 200
+
+
+class Journals:
+    """The journal thread of an executor, as busy as one pleases."""
+
+    def __init__(self, executor: ClusterExecutor) -> None:
+        recorder = executor._root.recorder
+        assert recorder is not None
+        self.recorder, self._may_go_on = recorder, threading.Event()
+
+    def __enter__(self) -> None:
+        self.recorder._put(self._may_go_on.wait, 1)
+        assert wait_until(self.recorder._queue.empty, WAIT_S)
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._may_go_on.set()
+
+
+def test_a_large_call_is_cancelled_before_it_is_recorded(tmp_path: Path) -> None:
+    """What the journal still has to write stays until it has: the session goes on."""
+    with make_local(1, durable=tmp_path / "run.db") as executor:
+        assert executor.submit(deeds.double, 1).result(WAIT_S) == 2
+        with Journals(executor):
+            future = executor.submit(deeds.double, bytearray(3 << 20))
+            assert future.cancel()
+            root = executor._root
+            assert wait_until(lambda: not (root._is_withdrawing or root._withdrawn), WAIT_S)
+        assert executor.submit(deeds.double, 2).result(WAIT_S) == 4
+        assert wait_until(lambda: not root.store._blobs, WAIT_S)
+    with ClusterExecutor.recover(tmp_path / "run.db", nodes="local") as calls:
+        assert calls[1].cancelled()
+
+
+def test_what_is_cancelled_by_shutdown_stays_so(tmp_path: Path) -> None:
+    """shutdown(cancel_futures=True), then shutdown() before the journal was ready: nothing is handed out after all."""
+    executor = make_local(1, durable=tmp_path / "run.db")
+    assert executor.submit(deeds.double, 1).result(WAIT_S) == 2
+    with Journals(executor):
+        futures = [executor.submit(deeds.note_and_return, str(tmp_path), number) for number in range(10)]
+        executor.shutdown(wait=False, cancel_futures=True)
+        executor.shutdown(wait=False)
+    executor.shutdown()
+    assert all(future.cancelled() for future in futures)
+    assert not deeds.notes(tmp_path)
+
+
+class SlowToPickle:
+    """Takes until it may go on to be pickled; what waits for that is told."""
+
+    def __init__(self) -> None:
+        self.is_asked, self.may_go_on = threading.Event(), threading.Event()
+
+    def __reduce__(self) -> Any:
+        self.is_asked.set()
+        assert self.may_go_on.wait(WAIT_S)
+        return int, ()
+
+
+def test_shutdown_while_a_call_is_on_its_way_in(tmp_path: Path) -> None:
+    """The executor closes while a call is being named: `submit` raises; no future is left that nobody ends."""
+    executor = make_local(1, durable=tmp_path / "run.db")
+    assert executor.submit(deeds.double, 1).result(WAIT_S) == 2
+    slow = SlowToPickle()
+
+    def close() -> None:
+        assert slow.is_asked.wait(WAIT_S)
+        executor.shutdown()
+        slow.may_go_on.set()
+    closer = threading.Thread(target=close)
+    closer.start()
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        executor.submit(deeds.double, slow)
+    closer.join()
+
+
+def test_no_node_is_added_after_shutdown(make: Make, tmp_path: Path) -> None:
+    """add_node raises then, durable or not, and waits for nobody who has gone."""
+    for arguments in ({}, {"durable": tmp_path / "run.db"}):
+        with make(1, **arguments) as executor:
+            assert executor.submit(deeds.double, 1).result(WAIT_S) == 2
+        with pytest.raises(RuntimeError, match="after shutdown"):
+            executor.add_node("127.0.0.1:9")
+
+
+def test_a_callback_that_raises_what_ends_threads(make: Make, tmp_path: Path) -> None:
+    """KeyboardInterrupt, SystemExit out of a callback: logged, and the futures after it end."""
+    def ending(error: BaseException) -> Callable[[object], None]:
+        def end(_: object) -> None:
+            raise error
+        return end
+    with make(1, durable=tmp_path / "run.db") as executor:
+        assert executor.submit(deeds.double, 0).result(WAIT_S) == 0
+        for error in (KeyboardInterrupt(), SystemExit()):
+            with Journals(executor):
+                future = executor.submit(deeds.double, 1)
+                future.add_done_callback(ending(error))
+            assert future.result(WAIT_S) == 2
+            assert executor.submit(deeds.double, 2).result(WAIT_S) == 4
 
 
 def test_a_callback_may_submit_and_shut_down(make: Make, tmp_path: Path) -> None:

@@ -57,6 +57,8 @@ def test_what_was_written_is_there_again(tmp_path: Path) -> None:
     journal.set_nodes([NodeRow("b:1", None, True), NodeRow("a:1", 2, True)])
     journal.set_nodes([NodeRow("b:1", 4, True)])
     assert journal.nodes() == [NodeRow("b:1", 4, True), NodeRow("a:1", 2, True)]
+    journal.free_nodes(["a:1"])
+    assert journal.nodes() == [NodeRow("b:1", 4, False), NodeRow("a:1", 2, True)]
     journal.free_nodes()
     assert journal.nodes() == [NodeRow("b:1", 4, False), NodeRow("a:1", 2, False)]
     journal.set(spec=SessionSpec(argv=("x",)), life=3)
@@ -178,6 +180,44 @@ def test_a_file_of_somebody_else(tmp_path: Path) -> None:
         assert "belongs to user 12345" in refusal(path)
 
 
+@pytest.mark.parametrize("suffix", ["-wal", "-journal"])
+def test_files_of_somebody_else_beside_it(tmp_path: Path, suffix: str) -> None:
+    """SQLite would believe what stands in them: a link, one that others own or can write is refused, and stays."""
+    path = filled(tmp_path / "run.db")
+    journal = Journal(path)
+    journal.set(life=7)
+    beside = Path(f"{path}{suffix}")
+    planted = Path(f"{path}-wal").read_bytes()
+    journal.close()
+    assert list(tmp_path.iterdir()) == [path]
+    beside.write_bytes(planted)
+    beside.chmod(0o666)
+    assert f"chmod 600 {beside}" in refusal(path)
+    beside.chmod(0o600)
+    if os.getuid() == 0:
+        os.chown(beside, 12345, -1)
+        assert "belongs to user 12345" in refusal(path)
+    beside.unlink()
+    beside.symlink_to(tmp_path / "elsewhere")
+    assert f"{beside} beside the journal cannot be opened" in refusal(path)
+    assert set(tmp_path.iterdir()) == {path, beside}
+    beside.unlink()
+    os.mkfifo(beside)
+    assert "regular file" in refusal(path)
+
+
+def test_the_log_of_a_killed_process_is_used(tmp_path: Path) -> None:
+    """One's own -wal file is no stranger's: what it has counts, and nothing else lies about meanwhile."""
+    path = filled(tmp_path / "run.db")
+    code = f"import os; from distexec.journal import Journal; Journal({str(path)!r}).set(life=7); os.kill(os.getpid(), 9)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60)
+    assert {each.name for each in tmp_path.iterdir()} == {"run.db", "run.db-wal"}
+    journal = Journal(path)
+    assert journal.get("life") == 7
+    journal.close()
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_not_a_journal(tmp_path: Path) -> None:
     """Text, another program's database, a damaged one: named, and left as it is."""
     path = tmp_path / "run.db"
@@ -190,6 +230,7 @@ def test_not_a_journal(tmp_path: Path) -> None:
     other.close()
     path.chmod(0o600)
     assert "no journal of distexec" in refusal(path)
+    assert list(tmp_path.iterdir()) == [path], "nothing is left beside what is somebody else's"
 
 
 def test_a_damaged_journal(tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ PACKAGE = Path(__file__).parents[2] / "distexec"
 LAYERS = {
     "errors": 0, "messages": 0, "auth": 0,
     "protocol": 1, "handshake": 1, "gate": 1, "scheduler": 1, "uplinks": 1, "downlinks": 1, "fates": 1, "ledger": 1,
-    "placement": 1, "quarantine": 1, "shares": 1, "recovery": 1, "keys": 1,
+    "placement": 1, "kin": 1, "queues": 1, "quarantine": 1, "shares": 1, "recovery": 1, "keys": 1,
     "journal": 2, "durable": 4, "sessions": 2, "reopening": 4, "calls": 4, "control": 4, "poolplan": 4,
+    "nested": 3, "offspring": 4, "taskoptions": 2,
     "payload": 1, "byvalue": 1, "mainmodule": 1, "definitions": 1, "report": 1,
     "address": 2, "iothread": 2, "link": 2, "tls": 2, "opening": 2,
     "memorywatch": 2,

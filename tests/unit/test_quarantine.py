@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from distexec.messages import Evidence, Lost, Offer, OutcomeKind, Recall
+from distexec.messages import BlobRef, Evidence, Lost, Offer, Open, OutcomeKind, Recall, Run, SessionSpec
 from distexec.quarantine import PATIENCE_S, PAUSE_S, SHARE, STRIKES, WINDOW_S
+from distexec.scheduler import Scheduler
 from tests.unit.test_scheduler import Script, with_workers
 
 CRASH = Evidence("bad", 7, signal=11, reason="it was killed by SIGSEGV")
@@ -316,3 +317,22 @@ def test_nothing_is_kept_for_ever() -> None:
     for number in range(1, 4):
         script.scheduler.tick(number * (WINDOW_S + 1))
     assert not script.scheduler._quarantine.is_watching
+
+
+# ---- what never arrives
+
+
+def test_arguments_that_never_arrive() -> None:
+    """Tasks that wait on an agent for blobs that cannot be had go back as lost, those of other functions wait on."""
+    agent = Scheduler(1, "here", absent=lambda run: True)
+    opened = Open(1, b"i" * 16, b"t" * 16, 1.0, 0, SessionSpec())
+    session = agent.open_session(opened, "root", 0.0)
+    blob = (BlobRef(b"b" * 16, 2 << 20),)
+    agent.receive("root", [Run(1, seq, 1, fn, b"", blob) for seq, fn in ((1, 7), (2, 7), (3, 8))], 0.0)
+    agent.take()
+    agent.cannot_arrive(session, 1, CRASH, 1.0)
+    assert agent.take() == [("root", Lost(1, 1, 1, CRASH))]
+    agent.cannot_arrive(session, -7, CRASH, 1.0)
+    assert agent.take() == [("root", Lost(1, 2, 1, CRASH))]
+    assert list(session.waiting) == [3]
+    assert list(session.tasks) == [3]

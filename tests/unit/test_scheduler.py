@@ -12,7 +12,6 @@ from distexec.ledger import (
     EndSession,
     Estimate,
     KillWorker,
-    Queue,
     Revoke,
     Session,
     StartWorker,
@@ -40,6 +39,7 @@ from distexec.messages import (
     SessionSpec,
     Want,
 )
+from distexec.queues import Queue
 from distexec.scheduler import Scheduler
 
 FN = 7
