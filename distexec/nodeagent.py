@@ -11,7 +11,6 @@ opened and taken up only with its token, its workers and blobs end with it, and 
 from __future__ import annotations
 
 import logging
-import os
 import platform
 import secrets
 import shutil
@@ -52,7 +51,6 @@ from .messages import (
     Role,
     Run,
     SessionFailed,
-    SessionSpec,
     Stream,
     Undefine,
 )
@@ -60,6 +58,7 @@ from .opening import unanswered_s
 from .pool import Pool, Worker
 from .scheduler import Scheduler
 from .shipping import BlobStore
+from .starters import local_spec
 from .stats import read_load
 from .transfers import Transfers, fetch
 from .transport import Link, Loop
@@ -163,7 +162,7 @@ class Tenancy:
         self.agent, self.opened, self.uplink = agent, opened, uplink
         self.session: Session | None = None
         self.directory = tempfile.mkdtemp(prefix="session-", dir=agent.spool)
-        spec = _local_spec(opened.spec, self.directory)
+        spec = local_spec(opened.spec, self.directory)
         self.pool = Pool(agent.loop, spec, self, store=agent.store, capture=True, node=agent.name,
                          memory_limit=agent.memory_limit)
         self.missing: dict[int, dict[bytes, BlobRef]] = {}  # by task or (negative) function, what is still on its way
@@ -496,11 +495,14 @@ class Agent:
                 uplink.link.send([SessionFailed(opened.session, Evidence(self.name, reason=reason))])
                 return
             _log.info("session of %s begins", opened.spec.name)
+        is_other = not _is_same(tenancy.uplink.link, uplink.link)
         tenancy.uplink = uplink
         tenancy.pull_again()
-        self.dispatcher.call(self._open, tenancy, opened, uplink)
+        self.dispatcher.call(self._open, tenancy, opened, uplink, is_other)
 
-    def _open(self, tenancy: Tenancy, opened: Open, uplink: Uplink, now: float) -> None:
+    def _open(self, tenancy: Tenancy, opened: Open, uplink: Uplink, is_other: bool, now: float) -> None:
+        if is_other and tenancy.session is not None:
+            self.scheduler.renew_workers(tenancy.session)  # they know modules as the client's last life had them
         session = self.scheduler.open_session(opened, uplink, now)
         tenancy.session = session
         self._by_session[session] = tenancy
@@ -598,18 +600,3 @@ def _is_same(older: Link, newer: Link) -> bool:
 
 def _ignore(_link: Link, _messages: list[Message]) -> None:
     """What a link says that was replaced is not heard any more."""
-
-
-def _local_spec(spec: SessionSpec, spare: str) -> SessionSpec:
-    """Make a client's description of itself fit this machine: its own environment, and the paths that exist here too.
-
-    Where the client's working directory does not exist, `spare` takes its place.
-    """
-    environ = {**os.environ, **spec.env}
-    environ.pop("DISTEXEC_SECRET", None)
-    directory = spec.directory if os.path.isdir(spec.directory) else spare
-    extra = [entry or directory for entry in spec.path]
-    path = [entry for entry in extra if entry and entry not in sys.path and os.path.exists(entry)]
-    path += [entry for entry in sys.path if entry]
-    return SessionSpec(tuple(path), directory, spec.argv, environ, spec.warnings, spec.authkey, spec.initializer,
-                       spec.initializer_buffers, spec.max_tasks_per_child, spec.echo, spec.name, spec.env, spec.label)

@@ -386,8 +386,9 @@ class Node:
         return True
 
     def _fetch_call(self, call: Submit) -> None:
-        assert self._transfers is not None and self.link is not None, "it was just heard"
         link = self.link
+        assert self._transfers is not None, "it was just heard"
+        assert link is not None, "as above"
         self._behind[call.session, call.seq, call.attempt] = []
         fetch(self._transfers, self._store, (*call.function_buffers, *call.buffers), lambda: self._call_is_here(link, call),
               lambda reason: self._call_is_lost(link, call, reason))

@@ -354,6 +354,16 @@ class Placement:
             self.drop_lane(lane)
             self.pool.append(StopWorker(lane.peer))
 
+    def renew_workers(self, session: Session) -> None:
+        """Let the workers go that a session has now, each after what it was leased; others take their place."""
+        for lane in [each for each in session.lanes.values() if each.is_worker]:
+            if lane.leases:
+                lane.state = LaneState.DRAINING
+                self.reindex(lane)
+            else:
+                self.drop_lane(lane)
+                self.pool.append(StopWorker(lane.peer))
+
     def requeue(self, task: Task) -> None:
         """Put back, before its equals and uncharged, a task that certainly never ran."""
         session = task.session

@@ -150,6 +150,10 @@ class Scheduler:
         self._shares.divide(now)
         return session
 
+    def renew_workers(self, session: Session) -> None:
+        """Let a session's workers go after what they have: its client is another program now, whose code may be too."""
+        self._place.renew_workers(session)
+
     def arrived(self, session: Session, seq: int) -> None:
         """Learn that the blobs a task was waiting for are here."""
         task = session.waiting.pop(seq, None)

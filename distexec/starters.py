@@ -406,3 +406,18 @@ def drain(link: Link) -> None:
         link.loop.call_later(DRAIN_S, drain, link)
     else:
         link.finish("its process ended")
+
+
+def local_spec(spec: SessionSpec, spare: str) -> SessionSpec:
+    """Make a client's description of itself fit this machine: its own environment, and the paths that exist here too.
+
+    Where the client's working directory does not exist, `spare` takes its place.
+    """
+    environ = {**os.environ, **spec.env}
+    environ.pop("DISTEXEC_SECRET", None)
+    directory = spec.directory if os.path.isdir(spec.directory) else spare
+    extra = [entry or directory for entry in spec.path]
+    path = [entry for entry in extra if entry and entry not in sys.path and os.path.exists(entry)]
+    path += [entry for entry in sys.path if entry]
+    return SessionSpec(tuple(path), directory, spec.argv, environ, spec.warnings, spec.authkey, spec.initializer,
+                       spec.initializer_buffers, spec.max_tasks_per_child, spec.echo, spec.name, spec.env, spec.label)

@@ -141,6 +141,26 @@ def test_large_values_and_cancelled_calls(make: Make, tmp_path: Path) -> None:
     assert "never" not in deeds.notes(tmp_path)
 
 
+def test_a_corrected_module_is_imported_anew(agent: AgentProcess, tmp_path: Path) -> None:
+    """A module is corrected between two lives; its node kept the session: new calls run the new code, not what was imported."""
+    program = f"""
+import os, sys
+sys.path.insert(0, {str(tmp_path)!r})
+import corrected
+from distexec import ClusterExecutor
+executor = ClusterExecutor(nodes=[{agent.address!r}], secret={agent.secret!r}, durable={str(tmp_path / "run.db")!r})
+print(executor.submit(corrected.answer, 1).result({WAIT_S}), flush=True)
+os._exit(0)
+"""
+    said = []
+    for word in ("wrong", "corrected"):
+        (tmp_path / "corrected.py").write_text(f"def answer(number): return {word!r}\n")
+        with subprocess.Popen([sys.executable, "-B", "-c", program], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                              env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}) as process:
+            said.append(process.communicate(timeout=90)[0].strip())
+    assert said == ["wrong", "corrected"]
+
+
 def test_what_has_no_stable_key_is_recorded_and_run_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A call that cannot be told from others: one warning says so, however many there are; each run runs it."""
     class Odd:

@@ -170,9 +170,8 @@ def test_context_workers() -> None:
 
 def test_durable_refuses(tmp_path: Path) -> None:
     """A durable executor says that calls inside its tasks would not be recorded."""
-    with make_local(1, durable=tmp_path / "journal") as executor:
-        with pytest.raises(DistexecError, match="durable"):
-            executor.submit(broods.depth, executor, 1).result(WAIT_S)
+    with make_local(1, durable=tmp_path / "journal") as executor, pytest.raises(DistexecError, match="durable"):
+        executor.submit(broods.depth, executor, 1).result(WAIT_S)
 
 
 def test_fork_inside(make: Make) -> None:

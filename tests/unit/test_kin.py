@@ -164,7 +164,8 @@ def test_what_lies_behind_who_waits_is_taken_back() -> None:
     script.says("w1", call(first.run.seq, 1), waits(first.run.seq))
     assert any(isinstance(each, Revoke) for each in script.heard())
     script.scheduler.revoked("w1", script.session, first.order, 0.1)
-    assert second.lane is None and second.queued
+    assert second.lane is None
+    assert second.queued
 
 
 def test_workers_beyond_the_slots_go_after_a_while() -> None:
@@ -229,7 +230,8 @@ def test_lost_parent_runs_again_after_its_child_has_ended() -> None:
     assert [type(each) for each in script.heard() if not isinstance(each, StartWorker)] == [Revoke]
     script.scheduler.revoked(child, script.session, 1, 0.1)
     assert [type(each) for each in script.heard() if not isinstance(each, StartWorker)] == [KillWorker]
-    assert script.session.tasks[1].lane is None and not script.session.tasks[1].queued
+    assert script.session.tasks[1].lane is None
+    assert not script.session.tasks[1].queued
     script.scheduler.worker_gone(child, script.session, 1, GONE, 0.2)
     script.scheduler.worker_ready("w3", script.session, 0.3)
     ((where, seq, attempt),) = script.leased()
