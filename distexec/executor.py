@@ -268,7 +268,8 @@ class ClusterExecutor(_Submitter):
 
         They are a sequence in the order of submission, `by_key` finds those named with `options(key=)`, and the whole is a
         context manager that shuts its `executor` down. What has ended is done at once, what nodes hold when it ends, and the
-        rest is sent. `arguments` are the constructor's; nodes, and how workers are prepared, are as recorded unless given.
+        rest is sent. `arguments` are the constructor's; nodes, and how workers are prepared, are as recorded unless given;
+        nodes that kept the session prepare them as before in any case.
 
         Raises JournalError if there is no such journal, or it cannot be used, and what the constructor raises.
         """

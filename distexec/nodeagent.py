@@ -495,8 +495,7 @@ class Agent:
                 uplink.link.send([SessionFailed(opened.session, Evidence(self.name, reason=reason))])
                 return
             _log.info("session of %s begins", opened.spec.name)
-        is_other = not _is_same(tenancy.uplink.link, uplink.link)
-        tenancy.uplink = uplink
+        is_other, tenancy.uplink = not _is_same(tenancy.uplink.link, uplink.link), uplink
         tenancy.pull_again()
         self.dispatcher.call(self._open, tenancy, opened, uplink, is_other)
 

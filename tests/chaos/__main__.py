@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -30,10 +31,16 @@ def main() -> int:
     except pytest.skip.Exception as reason:
         print(f"python -m tests.chaos {reason}", file=sys.stderr)
         return 2
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in a shell's background it would be ignored
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     leaks.adopt_orphans()
     with tempfile.TemporaryDirectory(prefix="dx-") as directory:
         os.environ["TMPDIR"] = tempfile.tempdir = directory  # where nobody else leaves anything
-        return _let_pass(arguments)
+        try:
+            return _let_pass(arguments)
+        except KeyboardInterrupt:
+            print("interrupted in the middle of a storm", file=sys.stderr)
+            return 130
 
 
 def _let_pass(arguments: argparse.Namespace) -> int:
