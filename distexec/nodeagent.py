@@ -481,8 +481,9 @@ class Agent:
             uplink.link.close("wrong session token")
             return
         if tenancy is None:
-            if opened.session < 1 or not 0.0 < opened.weight < 1e6 or opened.ceiling < 0:  # all sessions would suffer
-                uplink.link.close("a session that cannot be: its number, weight or ceiling")
+            is_sane = opened.session >= 1 and 0.0 < opened.weight < 1e6 and opened.ceiling >= 0 and opened.linger_s >= 0.0
+            if not is_sane:  # all sessions would suffer
+                uplink.link.close("a session that cannot be: its number, weight, ceiling or linger")
                 return
             if sum(each.uplink is uplink for each in self.tenancies.values()) >= MAX_SESSIONS:
                 uplink.link.close(f"more than {MAX_SESSIONS} sessions on one connection")

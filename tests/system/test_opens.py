@@ -37,15 +37,15 @@ def connect(loop: Loop, address: str, secret: Secret, witness: Witness) -> Link:
     return dial(loop, parse_address(address), witness, who=credentials("bare", secret))
 
 
-def opening(session: int, weight: float = 1.0, ceiling: int = 0) -> Open:
+def opening(session: int, weight: float = 1.0, ceiling: int = 0, linger_s: float = 0.0) -> Open:
     """A session with an id of its own."""
-    return Open(session, os.urandom(16), os.urandom(16), weight, ceiling, SessionSpec(name="bare"))
+    return Open(session, os.urandom(16), os.urandom(16), weight, ceiling, SessionSpec(name="bare"), linger_s)
 
 
 @pytest.mark.parametrize("opened", [
     opening(0), opening(-1), opening(1, weight=0.0), opening(1, weight=-1.0), opening(1, weight=float("nan")),
-    opening(1, weight=float("inf")), opening(1, ceiling=-1),
-], ids=lambda opened: f"{opened.session} {opened.weight:g} {opened.ceiling}")
+    opening(1, weight=float("inf")), opening(1, ceiling=-1), opening(1, linger_s=-1.0), opening(1, linger_s=float("nan")),
+], ids=lambda opened: f"{opened.session} {opened.weight:g} {opened.ceiling} {opened.linger_s:g}")
 def test_sessions_that_cannot_be(shared_agent: AgentProcess, loop: Loop, tmp_path: Path, opened: Open) -> None:
     """A number below 1, a weight or ceiling that is none → that link is closed; others' tasks run on, new ones begin."""
     log_before = len(shared_agent.log())
