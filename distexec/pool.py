@@ -236,26 +236,22 @@ class _Output:
         self._last_seq = seq = self._seqs.popleft()
         self._answered += 1
         ends = message.ends  # type: ignore[union-attr]
-        return () if ends is None else (
-            piece for stream, end in enumerate(ends) for piece in self._pieces(seq, stream, end))
+        return () if ends is None else self._until(ends, seq)
 
-    def live(self, page: WorkerPage) -> list[Piece]:
-        """Return what the running task has printed so far, if it is certain which task that is."""
+    def live(self, page: WorkerPage) -> Iterable[Piece]:
+        """Give what the running task has printed so far, if it is certain which task that is; as `answered`."""
         order = page.started
         if order != self._answered + 1 or not self._seqs:
-            return []
+            return ()
         ends = [os.fstat(fd).st_size for fd in self.fds]
         if page.started != order:
-            return []  # the next one has begun, and may have printed some of it
-        return [piece for stream, end in enumerate(ends) for piece in self._pieces(self._seqs[0], stream, end)]
+            return ()  # the next one has begun, and may have printed some of it
+        return self._until(ends, self._seqs[0])
 
-    def rest(self) -> list[Piece]:
-        """Return what a dead worker's last task printed."""
+    def rest(self) -> Iterable[Piece]:
+        """Give what a dead worker's last task printed; as `answered`."""
         seq = self._seqs[0] if self._seqs else self._last_seq
-        if seq is None:
-            return []
-        ends = [os.fstat(fd).st_size for fd in self.fds]
-        return [piece for stream, end in enumerate(ends) for piece in self._pieces(seq, stream, end)]
+        return () if seq is None else self._until([os.fstat(fd).st_size for fd in self.fds], seq)
 
     def tail(self) -> str:
         """Return the last it wrote to stderr."""
@@ -267,6 +263,11 @@ class _Output:
         for fd in self.fds:
             os.close(fd)
         self.fds = ()  # type: ignore[assignment]
+
+    def _until(self, ends: Iterable[int], seq: int) -> Iterator[Piece]:
+        """Yield what lies before the ends, read piece by piece: it may be more than there is memory for."""
+        for stream, end in enumerate(ends):
+            yield from self._pieces(seq, stream, end)
 
     def _pieces(self, seq: int, stream: int, end: int) -> Iterator[Piece]:
         while self._read[stream] < end:
