@@ -66,6 +66,9 @@ CLOSE_S = 5.0
 
 _VALUE = OutcomeKind.VALUE  # looking up a member of an enum costs as much as a message
 
+INTERRUPTED_S = 1.0
+"""After Ctrl-C, how long tasks may take to end in order. Longer: who pressed it waits. Shorter: outcomes are thrown away."""
+
 RECOVERY_CHECK_S = 0.1
 """How often it is looked whether the nodes of an earlier life have spoken, while the executor may be waiting to close."""
 
@@ -209,12 +212,18 @@ class Root:
         self.supply.drop_output()
         if self.recorder is None or not self._has_work:
             self.kill_all()
+            self.loop.call_later(INTERRUPTED_S, self._end_rest)
             return
         command = self.recorder.how_to_go_on()
         unfinished = self.detach(DistexecError(f"the session was left behind; go on with: {command}"))
         if unfinished:
             print(f"distexec: unfinished calls left in {self.recorder.path}: {unfinished}; go on with: {command}",
                   file=sys.stderr, flush=True)
+
+    def _end_rest(self) -> None:
+        """End what did not end: Ctrl-C may have come in the middle of handing it out, and then nobody answers for it."""
+        if self._has_work:
+            self.break_with(TaskKilled("the program was interrupted, and ended this task"))
 
     def detach(self, error: BaseException) -> int:
         """Leave what is unfinished to the nodes that have it, and end here, futures with `error`. Counts the unfinished."""

@@ -16,7 +16,7 @@ from typing import Any
 import numpy
 import pytest
 
-from distexec import ClusterExecutor, NoNodes, WorkerLost, link
+from distexec import ClusterExecutor, NoNodes, TaskKilled, WorkerLost, link
 from tests.agents import AgentProcess
 from tests.leaks import wait_until
 from tests.system import deeds
@@ -30,6 +30,19 @@ HANG_S = 60
 
 
 # ---- coincidences
+
+
+def test_interrupted_in_the_middle_of_a_decision(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C loses what the scheduler had decided → leaving the block ends everything all the same."""
+    executor = make(1)
+    running = executor.submit(deeds.hold, str(tmp_path))
+    assert wait_until(lambda: deeds.notes(tmp_path))
+    dispatcher = executor._root.dispatcher
+    monkeypatch.setattr(dispatcher, "_act", lambda action: None)  # what a decision asked of the pool
+    monkeypatch.setattr(dispatcher, "_queue", lambda port, batch: None)  # and of nodes
+    with pytest.raises(KeyboardInterrupt), executor:
+        raise KeyboardInterrupt
+    assert isinstance(running.exception(0), TaskKilled)
 
 
 def test_a_callback_may_submit_though_there_is_no_room(make: Make, tmp_path: Path) -> None:
