@@ -340,7 +340,7 @@ class Recorder:
                 while len(items) < MAX_BATCH:
                     items.append(self._queue.get_nowait())
             except Empty:
-                pass
+                pass  # that is all that has collected
             if None in items:
                 is_last = True
                 items.remove(None)

@@ -179,11 +179,9 @@ class TlsLink(Link):
     def _write_messages(self, messages: list[Message]) -> None:
         if self._broken:
             return
-        outgoing, encrypt = self._stream.outgoing, self._stream.tls.write
+        outgoing = self._stream.outgoing
         for piece in pack(messages):
-            sent = encrypt(piece)
-            while sent < len(piece):  # it may take one record at a time
-                sent += encrypt(memoryview(piece)[sent:])
+            self._stream.write(piece)
             if outgoing.pending >= WRITE_BYTES:
                 self._write(outgoing.read())
         if outgoing.pending:

@@ -12,14 +12,17 @@ from collections.abc import Iterator
 
 import pytest
 
+from distexec import iothread
 from distexec.transport import Loop
 from tests.leaks import wait_until
 from tests.system.wires import ANYTHING, Witness, adopted, credentials, running_loop, runs, server_context, unix_pair
 
 
-@pytest.fixture
-def loop() -> Iterator[Loop]:
-    """A running loop."""
+@pytest.fixture(params=["epoll", "selectors"])
+def loop(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Loop]:
+    """A running loop, by epoll itself and as on systems that have none."""
+    if request.param == "selectors":
+        monkeypatch.setattr(iothread, "_Epoll", iothread._Selector)
     with running_loop() as running:
         yield running
 

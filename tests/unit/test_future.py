@@ -199,11 +199,3 @@ def test_a_race_of_cancel_and_claim_has_one_winner() -> None:
             won.append("claim")
         thread.join()
         assert len(won) == 1
-
-
-def test_claim_after_cancel() -> None:
-    """A future that was withdrawn while nobody watched it is never handed out."""
-    future: ClusterFuture[int] = ClusterFuture()
-    assert future.cancel()
-    assert not future.claim()
-    assert future.cancelled()
