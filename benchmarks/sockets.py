@@ -17,7 +17,7 @@ from benchmarks.measures import LARGE_BYTES, Numbers
 def bare_sockets(calls: int = 6) -> Numbers:
     """MB per second of 50 MB messages, each answered with a byte, over TCP and over TLS 1.3."""
     with tempfile.TemporaryDirectory() as directory:
-        certificate = _make_certificate(Path(directory))
+        certificate = make_certificate(Path(directory))
         return {"tcp_mb_per_s": _speed(None, calls), "tls_mb_per_s": _speed(certificate, calls)}
 
 
@@ -25,7 +25,7 @@ def _speed(certificate: str | None, calls: int) -> float:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         receiver = multiprocessing.get_context("fork").Process(target=_receive, args=(listener, certificate, calls))
         receiver.start()
-        with _connect(listener.getsockname(), certificate) as sock:
+        with connect(listener.getsockname(), certificate) as sock:
             message = memoryview(bytes(LARGE_BYTES))
             times = []
             for _ in range(calls):
@@ -37,7 +37,8 @@ def _speed(certificate: str | None, calls: int) -> float:
     return LARGE_BYTES / 1e6 / statistics.median(times)
 
 
-def _connect(address: tuple[str, int], certificate: str | None) -> socket.socket:
+def connect(address: tuple[str, int], certificate: str | None) -> socket.socket:
+    """Connect; with TLS, if there is a certificate."""
     sock = socket.create_connection(address)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     if certificate is None:
@@ -49,12 +50,7 @@ def _connect(address: tuple[str, int], certificate: str | None) -> socket.socket
 
 
 def _receive(listener: socket.socket, certificate: str | None, calls: int) -> None:
-    sock, _ = listener.accept()
-    if certificate is not None:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.minimum_version = ssl.TLSVersion.TLSv1_3
-        context.load_cert_chain(certificate)
-        sock = context.wrap_socket(sock, server_side=True)
+    sock = accept(listener, certificate)
     buffer = memoryview(bytearray(LARGE_BYTES))
     for _ in range(calls):
         got = 0
@@ -64,7 +60,19 @@ def _receive(listener: socket.socket, certificate: str | None, calls: int) -> No
     sock.close()
 
 
-def _make_certificate(directory: Path) -> str:
+def accept(listener: socket.socket, certificate: str | None) -> socket.socket:
+    """Take a connection; with TLS, if there is a certificate."""
+    sock, _ = listener.accept()
+    if certificate is None:
+        return sock
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.load_cert_chain(certificate)
+    return context.wrap_socket(sock, server_side=True)
+
+
+def make_certificate(directory: Path) -> str:
+    """Make a key and a certificate for it, and give the path of both."""
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec

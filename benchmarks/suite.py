@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from benchmarks import crowds, fleet, measures, recovery, sockets
+from benchmarks import crowds, files, fleet, measures, modules, recovery, repeats, sockets
 from benchmarks.contenders import CONTENDERS, agent, running
 from benchmarks.measures import Numbers
 
@@ -91,6 +91,12 @@ def experiments(*, quick: bool) -> Sequence[Experiment]:
                    partial(crowds.wait_for_all, count=10 * many), 1, takes_name=True),
         Experiment("fleet", "client CPU a task under 1 and 200 agents that only answer", tuple(fleet.SIZES),
                    partial(fleet.cost_of_fleet, tasks=60_000 if quick else 200_000), rounds, takes_name=True),
+        Experiment("files", "a file each way", (*OURS, files.BARE),
+                   partial(files.file_speed, size_bytes=(256 if quick else 1024) << 20), rounds, takes_name=True),
+        Experiment("repeats", "40 tasks with the same 100 MB array", repeats.contenders(),
+                   partial(repeats.repeats, size_bytes=100_000_000, tasks=40), 1 if quick else 3, takes_name=True),
+        Experiment("modules", "first call that needs 200 modules of the user's own", OURS,
+                   partial(modules.first_call, count=200), rounds, takes_name=True),
         Experiment("recovery", "a task runs again after what ran it died", OURS, recovery.recovery, rounds, takes_name=True),
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,12 @@ def note_begin(directory: str) -> None:
         time.sleep(0.005)
 
 
+def import_all(names: list[str]) -> None:
+    """Import modules."""
+    for name in names:
+        import_module(name)
+
+
 def first_byte(array: Any) -> int:
     """Take a large argument."""
     return int(array[0])
@@ -47,3 +54,16 @@ def large_result(size_bytes: int, first: int) -> Any:
         _result = numpy.ones(size_bytes, dtype="u1")
     _result[0] = first
     return _result
+
+
+def send_file(path: str) -> str:
+    """Send a file to the client."""
+    from distexec import current_task
+    task = current_task()
+    assert task is not None
+    return task.send_file(path)
+
+
+def size_of(path: str) -> int:
+    """Look at a file."""
+    return Path(path).stat().st_size

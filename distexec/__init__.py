@@ -31,16 +31,20 @@ if TYPE_CHECKING:
     from .executor import ClusterExecutor, NodeSpec
     from .future import ClusterFuture, Timing
     from .report import ClusterStatus, NodeStatus
+    from .shared import Shared
+    from .task import TaskContext, current_task
 
 __all__ = [
     "AuthenticationFailed", "ClusterExecutor", "ClusterFuture", "ClusterStatus", "DistexecError", "IncompatibleNode",
     "InitializerFailed", "JournalError", "NoNodes", "NodeSpec", "NodeStatus", "PayloadError", "ProtocolError", "RemoteError",
-    "TaskKilled", "TaskTimeout", "Timing", "WorkerLost", "__version__",
+    "Shared", "TaskContext", "TaskKilled", "TaskTimeout", "Timing", "WorkerLost", "__version__", "current_task",
 ]
 
 _HOMES = {
     "executor": ("ClusterExecutor", "NodeSpec"),
     "future": ("ClusterFuture", "Timing"),
+    "shared": ("Shared",),
+    "task": ("TaskContext", "current_task"),
     "report": ("ClusterStatus", "NodeStatus"),
     "errors": ("AuthenticationFailed", "DistexecError", "IncompatibleNode", "InitializerFailed", "JournalError", "NoNodes",
                "PayloadError", "ProtocolError", "RemoteError", "TaskKilled", "TaskTimeout", "WorkerLost"),

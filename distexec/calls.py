@@ -9,6 +9,7 @@ import itertools
 import threading
 from collections.abc import Callable, Sequence
 
+from .mainmodule import digest_known
 from .messages import MAX_INLINE_BYTES, BlobRef, Buffers, Define
 from .shipping import BlobStore
 
@@ -52,6 +53,17 @@ class Code:
         release(self._store, buffers)
         return known
 
+    def uses(self, refs: Sequence[BlobRef]) -> bool:
+        """Whether some function is made of one of these blobs."""
+        return any(each.buffers and not set(refs).isdisjoint(each.buffers) for each in list(self.known.values()))
+
+    def drop(self, refs: Sequence[BlobRef], used: set[int]) -> list[Define]:
+        """Forget the functions made of these blobs, except those `used`; their buffers become the caller's."""
+        with self._lock:
+            keys = [key for key, each in self.known.items()
+                    if each.fn not in used and each.buffers and not set(refs).isdisjoint(each.buffers)]
+            return [self.known.pop(key) for key in keys]
+
     def _add(self, key: bytes, definition: Define) -> Define:
         self.known[key] = definition
         if len(self.known) > self._limit:
@@ -71,7 +83,9 @@ def put_by(store: BlobStore, data: bytes, views: Sequence[memoryview]) -> tuple[
             data = b""
         inline = MAX_INLINE_BYTES - len(data)
         for view in views:
-            if view.nbytes > inline:
+            if (known := digest_known(view)) and store.retain_if_here(ref := BlobRef(known, view.nbytes)):
+                kept.append(ref)
+            elif view.nbytes > inline:
                 kept.append(store.put(view))
             else:
                 kept.append(bytes(view))

@@ -13,17 +13,21 @@ import signal
 import socket
 import sys
 import threading
+import tokenize
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .address import DEFAULT_PORT, format_address, own_addresses, parse_address, resolve
 from .errors import DistexecError
+from .messages import MAX_INLINE_BYTES
 from .secretfile import create_secret, load_secret, read_secret, secret_path
 
 if TYPE_CHECKING:
     from .auth import Secret
+    from .forking import Init
     from .memorywatch import MemoryLimit
+    from .starters import Terms
 
 DRAIN_S = 60.0
 """How long a stopping agent lets running tasks go on, unless told otherwise."""
@@ -81,6 +85,14 @@ def _agent_parser() -> argparse.ArgumentParser:
     parser.add_argument("--memory-limit", metavar="SIZE",
                         help="kill a worker that uses more together with the processes its task started, like 2G or 500M; "
                         "the task is told how much it was (default: $DISTEXEC_MEMORY_LIMIT, else no limit)")
+    parser.add_argument("--max-open-files", type=int, metavar="N",
+                        help="how many files, sockets and the like each process of a task may have open")
+    parser.add_argument("--max-file-size", metavar="SIZE",
+                        help="how large a file may get that a task writes, like 2G or 500M; also all that one worker prints")
+    parser.add_argument("--user", metavar="NAME", help="run tasks as this system user, who then cannot read what is yours; "
+                        "only root can have that")
+    parser.add_argument("--init", metavar="FILE", help="Python file to run once for each session, before its setup; tasks "
+                        "reach what it defines as the module distexec_init")
     parser.add_argument("--once", action="store_true", help="stop when the first client that came has gone")
     parser.add_argument("--log-level", default="warning", choices=("debug", "info", "warning", "error"))
     parser.add_argument("--version", action="version", version=f"distexec {__version__}")
@@ -88,7 +100,8 @@ def _agent_parser() -> argparse.ArgumentParser:
 
 
 def _run_agent(options: argparse.Namespace) -> int:
-    from .executor import usable_cpus
+    from .confinement import open_to
+    from .cpus import usable_cpus
     from .nodeagent import Agent
     from .spool import spool
     from .starters import reap_orphans
@@ -101,10 +114,13 @@ def _run_agent(options: argparse.Namespace) -> int:
     secret = _agent_secret(options.secret_file)
     os.environ.pop("DISTEXEC_SECRET", None)  # no process started from here may find it
     addresses = [parse_address(text, lowest_port=0) for text in options.listen or ["0.0.0.0", "[::]"]]
+    terms, memory_limit = _terms(options), _memory_limit(options.memory_limit)
     reap_orphans()
     stop = threading.Event()
     with spool(_spool_parent(options.spool)) as directory:
-        agent = Agent(secret, slots, options.name, directory, stop.set, _memory_limit(options.memory_limit))
+        if terms.user is not None:
+            open_to(terms.user, directory)
+        agent = Agent(secret, slots, options.name, directory, stop.set, memory_limit, terms)
         try:
             _obey(agent, options, stop)
             _start(agent, addresses, is_default=not options.listen)
@@ -162,13 +178,51 @@ def _slots(wanted: int | None, cpus: int) -> int:
 
 
 def _memory_limit(text: str | None) -> MemoryLimit | None:
-    from .memorywatch import MemoryLimit, environ_limit, parse_size
+    from .memorywatch import MemoryLimit, environ_limit
     if text is None:
         return environ_limit()
+    return MemoryLimit(_size("--memory-limit", text), "distexec-agent --memory-limit")
+
+
+def _terms(options: argparse.Namespace) -> Terms:
+    """Read on what terms tasks run here."""
+    from .confinement import find_user
+    from .limits import MIN_OPEN_FILES, Limits
+    from .starters import Terms
+    files = options.max_open_files
+    if files is not None and files < MIN_OPEN_FILES:
+        raise UsageError(f"--max-open-files {files}: a worker needs {MIN_OPEN_FILES} or more")
+    limits = Limits(files or 0, _size("--max-file-size", options.max_file_size) if options.max_file_size else 0)
     try:
-        return MemoryLimit(parse_size(text), "distexec-agent --memory-limit")
+        user = find_user(options.user) if options.user is not None else None
     except ValueError as error:
-        raise UsageError(f"--memory-limit: {error}") from None
+        raise UsageError(f"--user {options.user}: {error}") from None
+    return Terms(user, limits, _init(options.init) if options.init is not None else None)
+
+
+def _size(option: str, text: str) -> int:
+    from .memorywatch import parse_size
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise UsageError(f"{option}: {error}") from None
+
+
+def _init(file: str) -> Init:
+    """Read the init file, and see that it is Python."""
+    from .forking import Init
+    path = os.path.abspath(file)
+    try:
+        with tokenize.open(path) as source:
+            text = source.read()
+        compile(text, path, "exec", dont_inherit=True)
+    except OSError as error:
+        raise UsageError(f"--init {file}: {error.strerror}; name a Python file that can be read") from None
+    except (SyntaxError, UnicodeDecodeError, ValueError) as error:
+        raise UsageError(f"--init {file}: this is not Python that could be run: {error}") from None
+    if len(text.encode()) > MAX_INLINE_BYTES:
+        raise UsageError(f"--init {file}: larger than 1 MiB; import what is in it from there")
+    return Init(path, text)
 
 
 def _agent_secret(file: str | None) -> Secret:

@@ -290,6 +290,8 @@ class Dispatcher:
         elif isinstance(action, Revoke):
             worker: Any = action.worker
             worker.page.revoke(action.first, action.last)
+            if action.doomed:
+                worker.page.doom(action.doomed)
             self.loop.call_later(REVOKE_SETTLE_S, self._read_revoked, worker)
         elif isinstance(action, EndSession):
             if self._on_session_end is not None:

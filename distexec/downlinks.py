@@ -14,7 +14,7 @@ from typing import Any
 
 from .fates import Fates
 from .ledger import Lane, LaneState, Peer, Session
-from .messages import Evidence, Held, Kill, Offer, Open, Recall, Resume, SessionFailed
+from .messages import Evidence, Held, Kill, Offer, Open, Recall, Renew, Resume, SessionFailed, SessionSpec
 from .placement import Placement
 from .quarantine import Quarantine
 from .recovery import Recovery
@@ -63,8 +63,17 @@ class Downlinks:
         lane.defined.clear()
         self._place.lanes[peer, session.no] = lane
         opened = session.opened
-        self._place.out.append((peer, Open(session.no, opened.id, opened.token, opened.weight, opened.ceiling, opened.spec,
-                                           session.linger_s)))
+        self._place.out.append((peer, Open(session.no, opened.id, opened.token, opened.weight, opened.ceiling,
+                                           session.spec_for(peer), session.linger_s)))
+
+    def renew(self, session: Session, peer: Peer, spec: SessionSpec) -> None:
+        """Have a node prepare the session's workers so from now on."""
+        session.specs[peer] = spec
+        lane = session.lanes.get(peer)
+        if lane is not None:
+            lane.has_failed = False
+            if peer in self.up:
+                self._place.out.append((peer, Renew(session.no, spec)))
 
     def suspend(self, peer: Peer, now: float) -> None:
         """Let a node whose link is cut keep its leases."""
@@ -182,7 +191,7 @@ class Downlinks:
 
     def _on_session_failed(self, peer: Peer, message: SessionFailed, now: float) -> None:
         lane = self._place.lanes.get((peer, message.session))
-        if lane is None:
+        if lane is None or message.generation != lane.session.spec_for(peer).generation:
             return
         session = lane.session
         lane.has_failed = True  # it stays, for acknowledgements and `Close`

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .ledger import Session
     from .nodes import Node
     from .payload import CallPacker
+    from .renewal import Ground
     from .scheduler import Scheduler
     from .shipping import BlobStore
     from .transport import Loop
@@ -117,13 +118,19 @@ class Owner(Control, Protocol):
         """Leave what is unfinished to the nodes, and end."""
 
 
-def begin_life(journal: Journal, spec: SessionSpec, name: str) -> Identity:
-    """Take up the journal's session, or begin one; `spec` is how its workers are prepared, for who recovers it."""
+def begin_life(journal: Journal, spec: SessionSpec, name: str, ground: Ground | None = None, *,
+               is_uniform: bool = True) -> Identity:
+    """Take up the journal's session, or begin one; `spec` is how its workers are prepared, for who recovers it.
+
+    So is `ground`, if that is small, and the same everywhere (`is_uniform`).
+    """
     token = journal.get("token")
     if token is None:
         identity = Identity(secrets.token_bytes(16), secrets.token_bytes(16), 0)
-        told = msgspec.structs.replace(spec, authkey=b"")
-        journal.set(id=identity.id, token=identity.token, life=0, name=name, spec=told)
+        fitted = ground.fit(spec, ()) if ground is not None and is_uniform else None
+        told = msgspec.structs.replace(fitted or spec, authkey=b"")
+        journal.set(id=identity.id, token=identity.token, life=0, name=name, spec=told,
+                    lacks_setup=ground is not None and fitted is None)
     else:
         identity = Identity(journal.get("id"), token, journal.get("life") + 1)
         journal.set(life=identity.life)
@@ -132,17 +139,25 @@ def begin_life(journal: Journal, spec: SessionSpec, name: str) -> Identity:
     return identity
 
 
-def recorded_spec(journal: Journal, spec: SessionSpec) -> SessionSpec:
-    """Prepare workers as the program did that began the journal, though this one may be another; its initializer first."""
+def recorded_spec(journal: Journal, spec: SessionSpec, ground: Ground | None = None) -> SessionSpec:
+    """Prepare workers as the program did that began the journal, though this one may be another; its initializer first.
+
+    ValueError if that cannot be told from the journal.
+    """
     first = journal.get_as("spec", SessionSpec)
     assert first is not None, "it was recorded with the identity"
+    if journal.get("lacks_setup", False) and ground is None:
+        raise ValueError(f"the session's setup is not in {journal.path}, for what it is given is large or differs from node "
+                         "to node: recover it in a program that gives setup= and NodeSpec(setup_args=), or run it again")
     own = spec if spec.initializer else first
     path = (*first.path, *(entry for entry in spec.path if entry not in first.path))
     environ = {**spec.environ, **first.env, **spec.env}
     directory = first.directory if os.path.isdir(first.directory) else spec.directory
-    return SessionSpec(path, directory, first.argv, environ, first.warnings, spec.authkey, own.initializer,
-                       own.initializer_buffers, spec.max_tasks_per_child or first.max_tasks_per_child, spec.echo, spec.name,
-                       {**first.env, **spec.env})
+    return msgspec.structs.replace(
+        spec, path=path, directory=directory, argv=first.argv, environ=environ, warnings=first.warnings,
+        initializer=own.initializer, initializer_buffers=own.initializer_buffers,
+        max_tasks_per_child=spec.max_tasks_per_child or first.max_tasks_per_child, env={**first.env, **spec.env},
+        setup=first.setup, setup_buffers=first.setup_buffers, has_cleanup=first.has_cleanup)
 
 
 class Recorder:

@@ -23,17 +23,22 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from . import __version__
 from .address import parse_address, resolve
+from .clientfiles import Depends
+from .cpus import usable_cpus
 from .errors import DistexecError, WorkerLost
 from .future import ClusterFuture
 from .mapping import Submissions, run_chunk
-from .messages import Options
-from .nested import homes, rejoin
+from .messages import Options, Tree
+from .nested import NO_FILES, homes, rejoin
 from .payload import CallPacker
 from .poolplan import PoolPlan
+from .printout import EchoMode, check_output
+from .renewal import args_by_address
 from .report import ClusterStatus, NodeStatus
 from .root import Root, for_nodes
+from .shared import Shared
 from .supply import LOCAL
-from .taskoptions import TaskOptions, changed, check_kind
+from .taskoptions import Paths, TaskOptions, changed, check_kind
 
 if TYPE_CHECKING:
     from .durable import Recovered
@@ -48,10 +53,15 @@ _log = logging.getLogger("distexec")
 
 
 class NodeSpec(NamedTuple):
-    """A node to use, and how much of it: `address` as in `nodes=`, `slots` at most (None: all that it offers)."""
+    """A node to use, and how much of it: `address` as in `nodes=`, `slots` at most (None: all that it offers).
+
+    `depends`: as the executor's, for this node alone, beside those. `setup_args`: what its setup is called with here.
+    """
 
     address: str
     slots: int | None = None
+    depends: Depends = ()
+    setup_args: tuple[Any, ...] = ()
 
 
 class Reopening(NamedTuple):
@@ -78,8 +88,39 @@ class _Submitter(Executor):
         if retries is None:
             retries = root.retries
         options = self._options
+        if options.files:
+            return self._submit_with_files(fn, args, kwargs, retries)
         travels = None if options is _DEFAULT and retries else options.for_task(retries)
         return root.submit(fn, args, kwargs, travels, retries, options.key)
+
+    def _submit_with_files(self, fn: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any],
+                           retries: int) -> ClusterFuture[T]:
+        files, tree = self._root.files, self._tree()
+        try:
+            future = self._root.submit(fn, args, kwargs, self._options.for_task(retries, tree), retries, self._options.key)
+        except BaseException:
+            files.let_go(tree)
+            raise
+        files.keep(tree, future)
+        return future
+
+    def _tree(self) -> Tree:
+        if self._root.recorder is not None:
+            raise ValueError("options(files=) cannot be had in a durable session, for the files are not in the journal: "
+                             "name them in depends=, or give what is in them as an argument")
+        self._root.check_open()
+        return self._root.files.tree(self._options.files)
+
+    def share(self, value: T) -> Shared[T]:
+        """Put a value by once for all tasks, and return the handle to use in calls: tasks get the value in its place.
+
+        It is pickled now, sent once to each node that needs it, and unpickled once by each worker, which keeps it while the
+        handle lives: what a task changes of it stays in that worker, for its later tasks too, and is seen nowhere else.
+        Large arrays are mapped there: a machine has them once, whatever the number of workers, until they are written to.
+        Raises what pickling raises, OSError if there is no memory, RuntimeError after shutdown.
+        """
+        self._root.check_open()
+        return self._root.values.share(value)
 
     def map(self, fn: Callable[..., T], *iterables: Iterable[Any], timeout: float | None = None, chunksize: int = 1,
             buffersize: int | None = None, ordered: bool = True) -> Iterator[T]:
@@ -105,7 +146,9 @@ class _Submitter(Executor):
         deadline = None if timeout is None else time.monotonic() + timeout
         items: Iterator[tuple[Any, ...]] = zip(*iterables)  # noqa: B905 - as PPE: the shortest decides
         retries = self._root.retries if self._options.retries is None else self._options.retries
-        travels = self._options.for_task(retries)
+        # What a map is given stays in use until the executor is closed: nobody knows when the last item has come.
+        tree = self._tree() if self._options.files else ()
+        travels = self._options.for_task(retries, tree)
         survives = self._root.recorder is not None
         if chunksize > 1 and travels is None:
             size = chunksize if buffersize is None else min(chunksize, max(1, buffersize // 2))
@@ -147,6 +190,8 @@ class _View(_Submitter):
         self._executor.shutdown(wait, cancel_futures=cancel_futures)
 
     def __reduce__(self) -> tuple[Any, ...]:
+        if self._options.files:
+            raise ValueError(NO_FILES)
         return rejoin, (self._executor.label, tuple(self._options))
 
     def __repr__(self) -> str:
@@ -169,7 +214,10 @@ class ClusterExecutor(_Submitter):
         secret: the cluster's secret; None: `$DISTEXEC_SECRET`, else the per-user file. Needed for every node but "local".
         cluster, name: names for listings and logs.
         env: variables set for the workers, on top of their machine's.
-        echo: print what tasks print on nodes.
+        echo: print what tasks print where it is captured, line by line; "prefix": each line begins with "[node:task] ".
+            More than a stream should be flooded with is left out, which it is told.
+        capture: whether futures have what their tasks print, as `stdout` and `stderr`. None: of tasks on nodes they do;
+            local workers print where this program does, as ProcessPoolExecutor's, and nobody keeps it.
         retries: how often a task is run again whose worker or node died while it may have been running.
         node_timeout: seconds after which a node that cannot be reached is given up and its tasks run elsewhere.
         nodes_timeout: seconds that queued work waits without a slot anywhere before it fails with `NoNodes`; None: for ever.
@@ -181,6 +229,15 @@ class ClusterExecutor(_Submitter):
             with the same journal, or `ClusterExecutor.recover(path)`, gets the outcomes: nothing that has ended runs again.
             A power failure may take the last moments from the journal.
         linger: seconds that nodes keep a durable session whose client is away; None: a day.
+        setup, cleanup: called once on each machine, before its first worker is forked and after the last has left; what
+            setup makes global is shared by all workers there, so that a large array costs its memory once. `cleanup()` is
+            called only where setup succeeded, and by `shutdown` waited for as long as it takes; when this program dies or is
+            interrupted, nodes give it 10 s. If setup raises on every node, the executor breaks with `InitializerFailed`.
+            Threads that setup starts run in its own process only. Not with mp_context.
+        depends: files, directories, modules and packages that every node has before the first task: paths, module objects
+            or names of modules that can be imported. Tasks find files where `send_file` would put them. They are sent from
+            where they lie, and should stay as they are; local workers are sent nothing.
+        downloads: the directory that `current_task().send_file` delivers to; None: this program's working directory.
 
     Raises ValueError or TypeError for arguments that cannot be meant: an address that does not parse or resolve, no secret
     for a remote node, a secret file that others can read, initargs that only inheritance carries beside a remote node.
@@ -193,15 +250,20 @@ class ClusterExecutor(_Submitter):
                  initializer: Callable[..., object] | None = None, initargs: tuple[Any, ...] = (), *,
                  max_tasks_per_child: int | None = None, nodes: str | Sequence[str | NodeSpec] | None = None,
                  secret: str | bytes | None = None, cluster: str = "default", name: str | None = None,
-                 env: Mapping[str, str] | None = None, echo: bool = True, retries: int = 3, node_timeout: float = 15.0,
+                 env: Mapping[str, str] | None = None, echo: EchoMode = True, retries: int = 3, node_timeout: float = 15.0,
                  nodes_timeout: float | None = None, max_pending: int | None = None,
-                 durable: str | os.PathLike[str] | None = None, linger: float | None = None) -> None:
+                 durable: str | os.PathLike[str] | None = None, linger: float | None = None,
+                 depends: Depends = (), setup: Callable[..., object] | None = None,
+                 cleanup: Callable[[], object] | None = None, downloads: str | os.PathLike[str] | None = None,
+                 capture: bool | None = None) -> None:
         _check_numbers(max_workers, retries, node_timeout, nodes_timeout, max_pending)
         _check_linger(durable, linger)
         _check_child_limit(max_tasks_per_child, mp_context)
         _check_env(env)
-        if initializer is not None and not callable(initializer):
-            raise TypeError("initializer must be a callable")
+        check_output(echo, capture)
+        for what, given in (("initializer", initializer), ("setup", setup), ("cleanup", cleanup)):
+            if given is not None and not callable(given):
+                raise TypeError(f"{what} must be a callable")
         with ExitStack() as undo:
             journal, rows = None, []
             if durable is not None:
@@ -224,20 +286,29 @@ class ClusterExecutor(_Submitter):
             slots = _local_slots(specs, None if remote else max_workers) if is_local else 0
             listed = self._name if cluster == "default" else f"{cluster}/{self._name}"
             packer = CallPacker() if self._reopens is None else self._reopens.packer
-            plan = PoolPlan(packer, mp_context, initializer, initargs, is_remote_too=bool(remote))
-            spec = plan.spec(env, max_tasks_per_child or 0, echo, listed)
+            plan = PoolPlan(
+                packer, mp_context, initializer, initargs, is_remote_too=bool(remote), capture=capture, setup=setup,
+                cleanup=cleanup)
+            spec = plan.spec(env, max_tasks_per_child or 0, bool(echo), listed, slots)
             identity = None
             if journal is not None:
                 from .durable import LINGER_S, begin_life, recorded_spec
                 linger = LINGER_S if linger is None else float(linger)
-                identity = begin_life(journal, for_nodes(spec), listed)
-                spec = recorded_spec(journal, spec) if self._reopens is not None else spec
+                is_uniform = not any(each.setup_args for each in specs)
+                identity = begin_life(journal, for_nodes(spec), listed, plan.ground, is_uniform=is_uniform)
+                spec = recorded_spec(journal, spec, plan.ground) if self._reopens is not None else spec
             self._root = root = Root(
                 name=self._name, packer=packer, spec=spec, slots=slots, ceiling=int(max_workers or 0) if remote else 0,
                 retries=retries, node_timeout_s=float(node_timeout), nodes_timeout_s=nodes_timeout, max_pending=max_pending,
                 make_pool=plan.make_pool if is_local else None, journal=journal, identity=identity,
-                linger_s=linger or 0.0, asks_all=self._reopens is not None and self._reopens.asks_all)
+                linger_s=linger or 0.0, asks_all=self._reopens is not None and self._reopens.asks_all,
+                downloads=os.fspath(downloads) if downloads is not None else None, ground=plan.ground,
+                setup_args=args_by_address(((each.address, each.setup_args) for each in specs), plan.ground))
+            root.files.depend(depends)
+            for node_spec in remote:
+                root.files.depend(node_spec.depends, node_spec.address)
             root.supply.credentials = credentials
+            root.supply.output.configure(echo, capture)
             self._secret = secret
             # Kept by the root: of a weak reference that is garbage together with its object, the callback is not called.
             root.owner = weakref.ref(self, _dropper(root))
@@ -268,10 +339,10 @@ class ClusterExecutor(_Submitter):
 
         They are a sequence in the order of submission, `by_key` finds those named with `options(key=)`, and the whole is a
         context manager that shuts its `executor` down. What has ended is done at once, what nodes hold when it ends, and the
-        rest is sent. `arguments` are the constructor's; nodes, and how workers are prepared, are as recorded unless given;
-        nodes that kept the session prepare them as before in any case.
+        rest is sent. `arguments` are the constructor's; nodes, and how workers are prepared, are as recorded unless given.
 
-        Raises JournalError if there is no such journal, or it cannot be used, and what the constructor raises.
+        Raises JournalError if there is no such journal, or it cannot be used, and what the constructor raises; ValueError
+        also if the session's setup was too large to be recorded, or differs from node to node, and is not given again.
         """
         from .durable import Recovered
         executor = cls._reopened(path, Reopening(CallPacker()), **arguments)
@@ -346,7 +417,7 @@ class ClusterExecutor(_Submitter):
     # ---- more than the standard interface
 
     def options(self, *, retries: int | None = None, timeout: float | None = None, priority: int = 0,
-                node: str = "", key: str | None = None) -> _View:
+                node: str = "", key: str | None = None, files: Paths | None = None) -> _View:
         """Return an Executor view of the same cluster whose calls have these options.
 
         Args:
@@ -356,10 +427,53 @@ class ClusterExecutor(_Submitter):
             node: the name of the only node that may run it; "local" for this machine's workers.
             key: in a durable session, what the call is found by when the program is run again, whatever the function and its
                 arguments are then. None: it is found by these, and by how many such calls came before it.
+            files: a path or several, of files or directories, that a task finds in its working directory, which then is one
+                of its own, removed when it ends. A relative path below this program's working directory is kept, of others
+                the last component is. They are read at each submit, so each call sees them as they were then. Larger ones
+                are shared by the tasks of a machine and must not be written to.
 
         Raises ValueError for a negative number of retries or a timeout that is not positive.
         """
-        return _View(self, changed(_DEFAULT, retries=retries, timeout=timeout, priority=priority, node=node, key=key))
+        return _View(self, changed(_DEFAULT, retries=retries, timeout=timeout, priority=priority, node=node, key=key,
+                                   files=files))
+
+    def send_file(self, path: str | os.PathLike[str], node: str | None = None, *, name: str | None = None,
+                  timeout: float | None = None) -> None:
+        """Put a file, or a directory with all in it, into the directory that tasks work in, and return when it is there.
+
+        Args:
+            node: the name or address of the only node that gets it; None: every node, those that come later included.
+            name: what it is called there, relative and "/"-separated; None: a relative path below this program's working
+                directory is kept, of others the last component is.
+            timeout: seconds to wait; None: for ever.
+
+        It is read where it lies, so it should stay as it is while nodes may still come. On a node that was given files,
+        tasks work in the session's own directory there, even where this program's exists too. Local workers work in this
+        program's directory, so nothing is sent to them, but the file must be there by that name: ValueError.
+        Raises OSError if it cannot be read here or written there, ValueError for a name that leads elsewhere, TimeoutError.
+        """
+        self._root.check_open()
+        if node is not None and node != LOCAL:
+            self._node(node)
+        self._root.start()
+        self._root.files.send(os.fspath(path), name, node, timeout)
+
+    def resetup(self, node: str | None = None, *args: Any) -> None:
+        """Have setup run anew, on one node or on all, for all tasks that are submitted from now on.
+
+        Nothing queued is dropped: running tasks go on in the workers they have, beside which new workers are forked once the
+        new setup has run, which it does when the next task comes. Where the last of the old workers has left, cleanup runs.
+
+        Args:
+            node: a node's name or address, "local" for this machine's workers; None: all, those that come later included.
+            args: what setup is called with; none: what it was called with there before, as these objects are now.
+
+        If it raises, no more tasks run on that node, and the executor breaks when no other is left, as at the first time.
+        Raises ValueError if the executor has no setup or no such node, what pickling `args` raises, RuntimeError after
+        shutdown.
+        """
+        self._root.check_open()
+        self._root.renewals.resetup(self._node(node) if node is not None and node != LOCAL else node, args)
 
     def nodes(self) -> tuple[NodeStatus, ...]:
         """Describe every node, reachable or not."""
@@ -379,6 +493,9 @@ class ClusterExecutor(_Submitter):
         resolve_now()
         if self._root.supply.credentials is None:
             self._root.supply.credentials = _credentials(self._secret, self._name, required=True)
+        self._root.files.depend(spec.depends, spec.address)
+        if spec.setup_args:
+            self._root.renewals.add(spec.address, spec.setup_args)
         self._root.start()
         if self._root.recorder is not None:
             self._root.recorder.use_nodes([(spec.address, spec.slots)])
@@ -522,13 +639,6 @@ def _node_specs(nodes: str | Sequence[str | NodeSpec] | None) -> list[NodeSpec]:
 def _local_slots(specs: list[NodeSpec], max_workers: int | None) -> int:
     wanted = next((spec.slots for spec in specs if spec.address == LOCAL), None)
     return wanted if wanted is not None else max_workers if max_workers is not None else usable_cpus()
-
-
-def usable_cpus() -> int:
-    """Count the CPUs this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0)) or 1
-    return os.cpu_count() or 1
 
 
 def _credentials(secret: str | bytes | None, name: str, *, required: bool) -> Credentials | None:

@@ -145,7 +145,8 @@ class Fates:
             return
         if session.upstream is not None and not session.reconciling:
             session.has_confessed = True
-            self._place.out.append((session.upstream, SessionFailed(session.uplink_no, failure.evidence, failure.data)))
+            self._place.out.append((session.upstream, SessionFailed(
+                session.uplink_no, failure.evidence, failure.data, failure.generation)))
 
 
 def verdict(task: Task, kind: OutcomeKind | str) -> Outcome:

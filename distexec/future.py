@@ -14,8 +14,12 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
+from .messages import Stream
+
 if TYPE_CHECKING:
     from .ledger import Task
+    from .partials import PartialLog, Partials
+    from .printed import Printed
 
 __all__ = ["ClusterFuture", "Timing"]
 
@@ -55,16 +59,23 @@ class Control(Protocol):
     def kill(self, task: Task) -> object:
         """End a task wherever it is."""
 
+    def captures(self, node: str) -> bool:
+        """Whether what tasks print on a node is kept for their futures."""
+
 
 class ClusterFuture(Future[T]):
     """The future of one task; everything `concurrent.futures.Future` promises, and:
 
     `task_id` (int, counted from 1 per executor), `node` (name of the node that ran or runs it, "" before), `attempts` (how
-    often it was started as far as known; more than 1 after a worker was lost), `timing` (a `Timing`), `kill()`.
+    often it was started as far as known; more than 1 after a worker was lost), `timing` (a `Timing`), `stdout` and `stderr`
+    (what it printed), `kill()`.
     """
 
     __slots__ = ("_attempts", "_callbacks", "_cond", "_control", "_finished_at", "_node", "_run_ns", "_submitted_at",
                  "_task", "_task_id", "_waiting", "_waker")
+
+    printed: Printed | None = None  # as below: of those whose tasks have printed
+    _log: PartialLog | None = None  # of the class, and of those futures whose tasks have published or are read
 
     def __init__(self) -> None:
         # Not the parent's __init__: it would make the Condition. These are all of its other attributes (3.11 to 3.14).
@@ -169,6 +180,25 @@ class ClusterFuture(Future[T]):
         """When the task was submitted and ended, and how long it ran."""
         return Timing(self._submitted_at, self._finished_at or None, self._run_ns / 1e9 if self._run_ns >= 0 else None)
 
+    @property
+    def stdout(self) -> str | None:
+        """What the last attempt wrote to its standard output, so far or, once it is done, in all: of more than 128 KiB the
+        first and the last 64, and a line that says how much is missing between. None: nobody captured it (see `capture=`).
+        """
+        return self._text(Stream.STDOUT)
+
+    @property
+    def stderr(self) -> str | None:
+        """The same of its standard error."""
+        return self._text(Stream.STDERR)
+
+    def _text(self, stream: Stream) -> str | None:
+        printed = self.printed
+        if printed is not None:
+            return printed.text(stream)
+        control, node = self._control, self.node
+        return "" if node and control is not None and control.captures(node) else None
+
     def cancel(self) -> bool:
         """Withdraw the task if it was never handed out; True if it is (or was) withdrawn. See `kill` for the others."""
         if self._state in (_RUNNING, _FINISHED):
@@ -185,6 +215,26 @@ class ClusterFuture(Future[T]):
             if task is not None and control is not None:
                 control.withdraw(task)
         return True
+
+    def partials(self, timeout: float | None = None) -> Partials:
+        """Iterate over what the task publishes (`current_task().publish`), as it comes, until the task has ended.
+
+        Each iterator yields all, in order, at its own pace; the last 10,000 are kept, or 64 MiB, and who reads too slowly
+        misses older ones. If the task is run again after a loss, what the lost attempt published stays, and what the next
+        one publishes follows: the iterator's `attempt` says whose the value yielded last is. `result` tells how it ends.
+
+        Args:
+            timeout: seconds from this call after which the iterator raises TimeoutError.
+        """
+        from .partials import Partials
+        return Partials(self._watched_log(), timeout)
+
+    def add_partial_callback(self, fn: Callable[[Any], object]) -> None:
+        """Call `fn(value)` with each value that the task publishes, in order, those that came before first.
+
+        It is called by the thread that receives it, or this one; what it raises is logged. It may kill this or other tasks.
+        """
+        self._watched_log().call(fn)
 
     def kill(self) -> bool:
         """End the task wherever it is: withdrawn if queued, recalled if unstarted, its whole process tree ended if running.
@@ -205,6 +255,22 @@ class ClusterFuture(Future[T]):
     def bind(self, task: Task, control: Control) -> None:
         """Join the future to its task."""
         self._task, self._control, self._task_id = task, control, task.run.seq
+
+    def partial_log(self) -> PartialLog:
+        """Give what the task has published."""
+        if self._log is None:
+            from .partials import PartialLog
+            with _birth:
+                if self._log is None:
+                    self._log = PartialLog(f"task {self._task_id}")
+        return self._log
+
+    def _watched_log(self) -> PartialLog:
+        log = self.partial_log()
+        if not log.is_watched:
+            log.is_watched = True
+            self.add_done_callback(lambda _: log.end())
+        return log
 
     def restore(self, task_id: int, node: str, attempts: int) -> None:
         """Describe a task of an earlier life of the session, which is recorded."""

@@ -14,7 +14,7 @@ from collections.abc import Hashable
 from enum import Enum
 from typing import Any, NamedTuple
 
-from .messages import Answer, Define, Lost, Open, Outcome, OutcomeKind, Run, SessionFailed, Submit
+from .messages import Answer, Define, Lost, Open, Outcome, OutcomeKind, Run, SessionFailed, SessionSpec, Submit
 from .queues import Brood, Broods, Queue
 
 Peer = Hashable
@@ -253,11 +253,11 @@ class Session:
     """One executor's tenancy at one vertex."""
 
     __slots__ = ("ahead", "awaited", "birth", "blocked", "broods", "busy", "capped", "ceiling", "closing", "code",
-                 "estimates", "failed", "failure", "first_attempt", "free", "granted", "has_confessed", "id", "is_durable",
-                 "lanes", "left", "lent", "limited", "linger_s", "no", "opened", "orphaned_at", "owed", "parked", "paused",
-                 "peak", "peak_at", "pinned", "queue", "reconciling", "recovering_since", "served", "served_at", "spare",
-                 "starting", "tasks", "told", "unacked", "uplink_no", "upstream", "waiting", "want", "wanted", "wary",
-                 "weight", "workers")
+                 "estimates", "failed", "failure", "first_attempt", "free", "generation", "granted", "has_confessed",
+                 "id", "is_durable", "lanes", "left", "lent", "limited", "linger_s", "no", "opened", "orphaned_at",
+                 "owed", "parked", "paused", "peak", "peak_at", "pinned", "queue", "reconciling", "recovering_since",
+                 "served", "served_at", "spare", "specs", "starting", "tasks", "told", "unacked", "uplink_no",
+                 "upstream", "waiting", "want", "wanted", "wary", "weight", "workers")
 
     def __init__(self, opened: Open, upstream: Peer | None, number: int, birth: int = 0) -> None:
         self.opened = opened
@@ -311,8 +311,14 @@ class Session:
         self.capped = False  # a node may be used more as soon as others are used less
         self.limited = False  # some task of it has had a time limit
         self.failed = False  # no more workers can be had here
+        self.generation = 0  # the pool's number of the preparation that workers are to have
+        self.specs: dict[Peer, SessionSpec] = {}  # at the root: how nodes prepare it that do so in a way of their own
         self.has_confessed = False  # the vertex above was told
         self.failure: SessionFailed | None = None  # why; said upward once nothing runs here any more
+
+    def spec_for(self, peer: Peer) -> SessionSpec:
+        """Tell how a node is to prepare its workers."""
+        return self.specs.get(peer, self.opened.spec)
 
     @property
     def is_root(self) -> bool:
@@ -451,6 +457,7 @@ class Revoke(NamedTuple):
     worker: Peer
     first: int
     last: int
+    doomed: int = 0  # the order of the first task that is to end even if it runs; 0: none
 
 
 class EndSession(NamedTuple):

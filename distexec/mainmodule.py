@@ -381,5 +381,22 @@ def digest(data: bytes, buffers: Sequence[Buffer] = ()) -> bytes:
 
     state = xxh3_128(data)
     for buffer in buffers:
-        state.update(buffer)
+        state.update(digest_known(buffer) or buffer)
     return state.digest()
+
+
+# ---- buffers that were put by before
+
+
+digests: dict[int, bytes] = {}
+"""By id of a view, the digest of its bytes, which do not change while it is here: it saves looking at them again."""
+
+
+def digest_known(buffer: Buffer) -> bytes | None:
+    """Give the digest of a buffer that pickle made from a view in `digests`; None for others."""
+    return digests.get(id(buffer.obj)) if digests and type(buffer) is memoryview else None
+
+
+def apart(view: memoryview) -> pickle.PickleBuffer:
+    """Wrap a view so that a pickle leaves its bytes to a buffer."""
+    return pickle.PickleBuffer(view)

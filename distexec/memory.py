@@ -96,6 +96,14 @@ class Mappings:
             self._live.append(weakref.ref(view.obj))
         return view
 
+    def hand_over(self, view: memoryview, other: Mappings) -> bool:
+        """Let another keep account of the mapping that a view is of; False if it is none of these."""
+        for at, ref in enumerate(self._live):
+            if ref() is view.obj:
+                other._live.append(self._live.pop(at))
+                return True
+        return False
+
     def settle(self) -> int:
         """Copy the pages of every mapping still referenced; afterwards the blobs may be released. Returns how many."""
         held = [pages for ref in self._live if (pages := ref()) is not None]

@@ -59,6 +59,21 @@ Buffers = tuple[bytes | BlobRef, ...]
 """The out-of-band buffers of a pickle, in its order; large ones as references."""
 
 
+class File(Struct, frozen=True, array_like=True, gc=False):
+    """A file that travels: where it belongs below some directory, its permission bits, what is in it.
+
+    `path` is relative and "/"-separated; one that ends in "/" is an empty directory's.
+    """
+
+    path: str
+    mode: int
+    content: bytes | BlobRef
+
+
+Tree = tuple[File, ...]
+"""Files, sorted by path; the bytes of large ones stay in a file of the sender, from which they are sent."""
+
+
 class Options(Struct, frozen=True, array_like=True, gc=False):
     """What `executor.options(...)` asked for one task, as far as vertices below the root must know it."""
 
@@ -67,12 +82,13 @@ class Options(Struct, frozen=True, array_like=True, gc=False):
     node: str = ""  # the only node that may run it; "": any
     solo: bool = False  # retries=0: lease only to a free slot, flush every outcome
     ancestors: tuple[int, ...] = ()  # seqs of the tasks that it is a nested call of, outermost first
+    files: Tree = ()  # found in a directory of the task's own, in which it then runs
 
 
 class SessionSpec(Struct, frozen=True, array_like=True):
-    """What a session's workers are prepared with, fixed for its life."""
+    """What a session's workers are prepared with, until `Renew`."""
 
-    path: tuple[str, ...] = ()  # client's sys.path
+    path: tuple[str, ...] = ()  # client's sys.path; for nodes, only where things are installed
     directory: str = ""  # client's working directory; used where it exists
     argv: tuple[str, ...] = ()
     environ: dict[str, str] = {}  # of the machine the workers run on, then the user's env=; without the cluster secret
@@ -85,6 +101,16 @@ class SessionSpec(Struct, frozen=True, array_like=True):
     name: str = ""  # for logs and listings
     env: dict[str, str] = {}  # the user's env= alone
     label: str = ""  # by which a worker knows a nested executor as its own session's
+    node: str = ""  # what the machine of the workers is called
+    home: str = ""  # the session's directory on the machine of the workers, never on another; "": none could be made
+    setup: bytes = b""  # pickled (setup or None, its args, cleanup or None), called once on a machine; b"" without
+    setup_buffers: Buffers = ()  # buffers: none, with them the first is the pickle
+    has_cleanup: bool = False
+    generation: int = 0  # which preparation of the session it is; `Renew` brings the next
+    is_captured: bool = True  # whether futures keep what their tasks print on nodes
+    code: str = ""  # directory for the client's own modules, on the machine of the workers; "": they are imported as usual
+    imports: str = ""  # where to ask for them there
+    log_levels: dict[str, int] = {}  # of the client's loggers, as far as set; "": the root's
 
 
 # ---- upstream to downstream
@@ -182,6 +208,83 @@ class Lend(Struct, frozen=True, array_like=True, tag=11, gc=False):
     attempt: int
 
 
+class Delivered(Struct, frozen=True, array_like=True, tag=16, gc=False):
+    """Upstream to downstream, answering `Delivery`: the client has the file, as `path` there; or, for `error`, has not."""
+
+    session: int
+    seq: int
+    attempt: int
+    number: int
+    path: str
+    error: str = ""
+    errno: int = 0
+
+
+class Place(Struct, frozen=True, array_like=True, tag=17, gc=False):
+    """Upstream to downstream: put these files into the session's working directory. Answered by `Placed`.
+
+    Said again on each link. No worker is started until what is vital is there.
+    """
+
+    session: int
+    number: int  # of the upstream end's choice
+    tree: Tree
+    is_vital: bool
+
+
+class Renew(Struct, frozen=True, array_like=True, tag=15):
+    """Upstream to downstream: from here on workers are prepared so; those there are leave after what they have.
+
+    Said again by `Open` on the next link, whose `spec` has the generation.
+    """
+
+    session: int
+    spec: SessionSpec
+
+
+class Found(Struct, frozen=True, array_like=True, tag=14, gc=False):
+    """Upstream to downstream, answering `Find`: a part of the module's files, or that it is not the client's own.
+
+    Unasked (`number` 0), what the session's tasks shall have from the first; said again on each link, and no worker is
+    started until it is there.
+    """
+
+    session: int
+    number: int  # of the question
+    name: str
+    is_own: bool
+    tree: Tree = ()
+    problem: str = ""  # why it cannot be had; if it is not the client's own, what to tell who does not find it elsewhere
+    is_last: bool = True
+
+
+class CleanUp(Struct, frozen=True, array_like=True, tag=19, gc=False):
+    """Upstream to downstream: no task will come any more; end the workers, clean up, and answer `Cleaned`."""
+
+    session: int
+    generation: int  # the present one
+
+
+class Heard(Struct, frozen=True, array_like=True, tag=18, gc=False):
+    """Upstream to downstream: the root has the partial results of this attempt up to `number`; forget them."""
+
+    session: int
+    seq: int
+    attempt: int
+    number: int
+
+
+class Unshare(Struct, frozen=True, array_like=True, tag=47, gc=False):
+    """Upstream to downstream, pool to worker: these shared objects, by name, are used by no task that is still to come.
+
+    `blobs`: what they were made of.
+    """
+
+    session: int
+    names: list[bytes]
+    blobs: tuple[BlobRef, ...] = ()
+
+
 class Refuse(Struct, frozen=True, array_like=True, tag=13, gc=False):
     """Pool to worker, answering `Blocked`: its slot cannot be lent, for `limit` tasks here wait already; do not wait."""
 
@@ -266,23 +369,55 @@ class Returned(Struct, frozen=True, array_like=True, tag=24, gc=False):
 
 
 class Output(Struct, frozen=True, array_like=True, tag=25, gc=False):
-    """Downstream to upstream: bytes a task wrote to one of its streams."""
+    """Downstream to upstream: bytes a task wrote to one of its streams; `seq` 0: what no task did.
+
+    Comes before the attempt's end; what is kept of it is said again after `Resume`.
+    """
 
     session: int
     seq: int
     stream: Stream
     data: bytes
+    attempt: int = 0  # 0: its end was told already
+    offset: int = 0  # of these bytes in what the attempt wrote there; less than the last: said again; more: some is left out
+
+
+class Find(Struct, frozen=True, array_like=True, tag=33, gc=False):
+    """Downstream to upstream: a process of the session imports a top-level module; is it the client's own?
+
+    Kept below until answered; said again after `Resume`.
+    """
+
+    session: int
+    number: int  # of the question, never twice in a session
+    name: str
+    generation: int  # of the preparation that the process belongs to
+    python: str  # the interpreter there, for advice
+
+
+class Record(Struct, frozen=True, array_like=True, tag=36, gc=False):
+    """Downstream to upstream: a task logged this. `text` is the message; `data` the rest, as `logrecords` packs it."""
+
+    session: int
+    seq: int  # 0: no task did
+    attempt: int
+    level: int
+    name: str  # of the logger
+    text: str
+    data: bytes
+    lost: int = 0  # records before it that there was no room for
 
 
 class SessionFailed(Struct, frozen=True, array_like=True, tag=26, gc=False):
     """Downstream to upstream: no worker of the session can be had here.
 
-    `data` is the pickled exception of the initializer, if that is why.
+    `data` is the pickled exception of the setup or the initializer, if that is why.
     """
 
     session: int
     evidence: Evidence
     data: bytes = b""
+    generation: int = 0  # of the preparation that failed
 
 
 class Held(Struct, frozen=True, array_like=True, tag=27, gc=False):
@@ -333,6 +468,61 @@ class Took(Struct, frozen=True, array_like=True, tag=32, gc=False):
     seq: int
     attempt: int
     calls: list[int]
+
+
+class Delivery(Struct, frozen=True, array_like=True, tag=35, gc=False):
+    """Downstream to upstream: a task sends a file to its client, to be fetched by digest. Said again after `Resume`.
+
+    On a worker's link the file's descriptor comes with it, and a socket to which `pack_reply` of the answer is written.
+    """
+
+    session: int
+    seq: int
+    attempt: int
+    number: int  # of the worker's choice, never twice for an attempt
+    name: str  # relative, "/"-separated
+    mode: int
+    blob: BlobRef
+
+
+class Placed(Struct, frozen=True, array_like=True, tag=38, gc=False):
+    """Downstream to upstream, answering `Place`: the files are there; or, for `error`, are not."""
+
+    session: int
+    number: int
+    error: str = ""
+
+
+class Cleaned(Struct, frozen=True, array_like=True, tag=37, gc=False):
+    """Downstream to upstream: what setup made in this generation is cleaned up, or was left for the reason in `evidence`.
+
+    `data` is the pickled exception of the user's function, if that is why. Said again after `Resume` until `Close`.
+    """
+
+    session: int
+    generation: int
+    evidence: Evidence | None = None
+    data: bytes = b""
+
+
+class Partial(Struct, frozen=True, array_like=True, tag=34, gc=False):
+    """Downstream to upstream: provisional result `number` (from 1) of an attempt, pickled as an outcome's value.
+
+    Comes before the attempt's outcome. Kept below until `Heard`, the end of the session, or the outcome's acknowledgement;
+    said again after `Resume`.
+    """
+
+    session: int
+    seq: int
+    attempt: int
+    number: int
+    data: bytes
+    buffers: Buffers = ()
+
+
+def partial_bytes(data: bytes, buffers: Buffers) -> int:
+    """Count the bytes that a partial result takes while somebody keeps it; the same number at every vertex."""
+    return 512 + len(data) + sum(each.size_bytes if isinstance(each, BlobRef) else len(each) for each in buffers)
 
 
 class Load(Struct, frozen=True, array_like=True, tag=28, gc=False):
@@ -400,9 +590,10 @@ class Credit(Struct, frozen=True, array_like=True, tag=45, gc=False):
 
 
 class Missing(Struct, frozen=True, array_like=True, tag=46, gc=False):
-    """Either way: the blob you fetched is not here (any more)."""
+    """Either way: the blob you fetched is not here (any more), or cannot be read."""
 
     digest: bytes
+    reason: str = ""
 
 
 # ---- pool and worker: one machine
@@ -434,6 +625,13 @@ class Free(Struct, frozen=True, array_like=True, tag=52, gc=False):
 
     arena: int
     is_reusable: bool
+
+
+class Keep(Struct, frozen=True, array_like=True, tag=55, gc=False):
+    """Worker to pool: it keeps these blobs mapped beyond its task, and no longer those in `dropped`."""
+
+    blobs: tuple[BlobRef, ...]
+    dropped: tuple[BlobRef, ...] = ()
 
 
 # ---- control: who looks after nodes
@@ -476,11 +674,13 @@ class Dropped(Struct, frozen=True, array_like=True, tag=63, gc=False):
 
 
 Shared = Ping | Pong | Hello | Bye | Fetch | Chunk | Credit | Missing
-FromUpstream = Open | Close | Define | Run | Recall | Kill | Ack | Want | Resume | Undefine | Lend | Answer | Shared
+FromUpstream = (Open | Close | Define | Run | Recall | Kill | Ack | Want | Resume | Undefine | Lend | Answer | Delivered
+                | Place | Found | Renew | CleanUp | Heard | Unshare | Shared)
 FromDownstream = (Offer | Outcome | Lost | Returned | Output | SessionFailed | Held | Load | Submit | Blocked | Took
-                  | Shared)
-ToWorker = Define | Undefine | Run | Segment | Forget | Free | Bye | Answer | Refuse
-FromWorker = Ready | Outcome | Returned | SessionFailed | Segment | Submit | Blocked | Took
+                  | Delivery | Placed | Find | Cleaned | Partial | Record | Shared)
+ToWorker = Define | Undefine | Run | Segment | Forget | Free | Bye | Answer | Refuse | Unshare
+FromWorker = (Ready | Outcome | Returned | SessionFailed | Segment | Submit | Blocked | Took | Delivery | Partial | Keep
+              | Record)
 """A worker offers one slot of one session by being there, so it says less than a node."""
 FromControl = AskSessions | Drop | Ping | Hello | Bye
 ToControl = Sessions | Dropped | Hello | Load | Ping | Pong | Bye

@@ -26,13 +26,10 @@ from typing import Any, TypeVar
 from . import worker as worker_module
 from .errors import DistexecError, TaskKilled, TaskTimeout, WorkerLost
 from .mapping import Submissions
-from .memory import Mappings, shared_file, write_at
+from .memory import Mappings
 from .messages import (
-    MAX_INLINE_BYTES,
     Answer,
-    BlobRef,
     Blocked,
-    Buffers,
     Forget,
     Options,
     OutcomeKind,
@@ -42,8 +39,10 @@ from .messages import (
     Submit,
     Took,
 )
-from .outbox import QUICK_NS, wait_thread_gone
+from .outbox import wait_thread_gone
 from .payload import CallPacker
+from .resultfiles import close_parts, put_apart
+from .shared import Shared, share_in_task
 from .taskoptions import TaskOptions, changed
 
 __all__ = ["NestedExecutor", "NestedFuture", "homes", "rejoin"]
@@ -52,6 +51,9 @@ T = TypeVar("T")
 
 homes: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
 """The executors of this process, by the label of their session."""
+
+NO_FILES = ("files= is for calls made by the client: a task gives files to its own calls as arguments, or sends them to the "
+            "client first (current_task().send_file)")
 
 _nest: Nest | None = None  # this worker's, once an executor was unpickled in it
 
@@ -113,8 +115,14 @@ class NestedExecutor(Executor):
 
         return _Submissions(self._nest, submit, items, buffersize).results(deadline, ordered)
 
+    def share(self, value: T) -> Shared[T]:
+        """Put a value by for many calls; as `ClusterExecutor.share`, but workers keep it until they have too many."""
+        return share_in_task(self._nest.packer, value)
+
     def options(self, **changes: Any) -> NestedExecutor:
         """Return a view whose calls have other options: `retries=, timeout=, priority=, node=`."""
+        if changes.get("files"):
+            raise ValueError(NO_FILES)
         if "key" in changes:
             raise ValueError("key= names a call in a journal, and nested calls are not recorded; leave it out")
         return NestedExecutor(self._nest, changed(self._options, **changes))
@@ -225,7 +233,7 @@ class Nest:
     def __init__(self, worker: worker_module.Worker) -> None:
         self.label = worker.label
         self._worker = worker
-        self._packer = CallPacker(is_nested=True)
+        self.packer = CallPacker(is_nested=True)
         self._lock = threading.RLock()  # guards what follows, and the order of what is said
         self._run: Run | None = None  # the task that has made calls
         self._last_call = 0
@@ -247,12 +255,13 @@ class Nest:
         future: NestedFuture[Any] = NestedFuture(self)
         segments: list[tuple[Segment, int]] = []
         try:
-            code, views, key = self._packer.pack_function(fn)
-            function, function_buffers = _share(code, views, segments)
-            data, views = self._packer.pack_call(args, kwargs, key)
-            data, buffers = _share(data, views, segments)
+            code, views, key = self.packer.pack_function(fn)
+            function, function_buffers, segments = put_apart(code, views)
+            data, views = self.packer.pack_call(args, kwargs, key)
+            data, buffers, more = put_apart(data, views)
+            segments += more
         except (Exception, SystemExit) as error:  # what a user's __reduce__ raises is the call's failure
-            _close(segments)
+            close_parts(segments)
             future.set_exception(error)
             return future
         travels = Options(options.timeout_s or 0.0, options.priority, options.node, options.retries == 0)
@@ -260,14 +269,14 @@ class Nest:
             try:
                 run = self._begin()
             except BaseException:
-                _close(segments)
+                close_parts(segments)
                 raise
             self._last_call = future.call = self._last_call + 1
             self._futures[future.call] = future
             submit = Submit(run.session, run.seq, run.attempt, future.call, key, function, function_buffers, data, buffers,
                             travels, -1 if options.retries is None else options.retries)
             self._worker.outbox.append_large(submit, segments)
-            self._send_soon()
+            self._worker.outbox.flush_soon()
         return future
 
     def _begin(self) -> Run:
@@ -282,14 +291,6 @@ class Nest:
             self._start()
         return run
 
-    def _send_soon(self) -> None:
-        """Send now, or within a millisecond along with what follows."""
-        outbox = self._worker.outbox
-        if time.monotonic_ns() - outbox.flushed_ns > QUICK_NS:
-            outbox.flush()
-        elif not outbox.flusher.is_armed:
-            outbox.flusher.arm()
-
     def give_up(self, future: NestedFuture[Any]) -> None:
         """Nobody wants this call's answer any more."""
         with self._lock:
@@ -300,7 +301,7 @@ class Nest:
         run = self._run
         if run is not None:
             self._worker.outbox.append(Took(run.session, run.seq, run.attempt, [call]))
-            self._send_soon()
+            self._worker.outbox.flush_soon()
 
     def finish(self, wait: bool, cancel: bool) -> None:
         """Wait for the calls of this task, or give up those not begun."""
@@ -456,7 +457,7 @@ class Nest:
             data, buffers = self._worker.unfold(message.data, message.buffers, mappings.map)
         except (OSError, KeyError) as error:
             return None, error
-        return self._packer.unpack_outcome(OutcomeKind(message.kind), data, buffers)
+        return self.packer.unpack_outcome(OutcomeKind(message.kind), data, buffers)
 
     # ---- ends
 
@@ -484,37 +485,3 @@ class Nest:
     def _forsake(self) -> None:
         self._is_forked = True
         self._lock = threading.RLock()
-
-
-def _share(data: bytes, views: Sequence[memoryview], segments: list[tuple[Segment, int]]) -> tuple[bytes, Buffers]:
-    """Put what is too large for a message into shared memory. Raises OSError if there is none."""
-    parts: list[Any] = list(views)
-    if len(data) > MAX_INLINE_BYTES:
-        data, parts = b"", [data, *parts]
-    inline = MAX_INLINE_BYTES - len(data)
-    wire: list[bytes | BlobRef] = []
-    for part in parts:
-        if len(part) <= inline:
-            inline -= len(part)
-            wire.append(bytes(part))
-        else:
-            segments.append(_segment(memoryview(part)))
-            wire.append(segments[-1][0].blob)
-    return data, tuple(wire)
-
-
-def _segment(part: memoryview) -> tuple[Segment, int]:
-    import xxhash
-
-    fd = shared_file()
-    try:
-        write_at(fd, part, 0)
-    except BaseException:
-        os.close(fd)
-        raise
-    return Segment(BlobRef(xxhash.xxh3_128(part).digest(), len(part)), 0, 0), fd
-
-
-def _close(segments: list[tuple[Segment, int]]) -> None:
-    for _, fd in segments:
-        os.close(fd)

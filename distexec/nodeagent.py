@@ -23,9 +23,11 @@ from types import UnionType
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
+from .blobcache import BlobCache, share_of_memory
 from .calls import release
 from .control import answer
 from .dispatcher import Dispatcher
+from .filetransfers import FileTraffic
 from .kin import News, Spent
 from .ledger import Session
 from .memorywatch import MemoryLimit
@@ -33,29 +35,39 @@ from .messages import (
     Ack,
     Answer,
     Bye,
+    Cleaned,
+    CleanUp,
     Define,
+    Delivered,
     Evidence,
+    Found,
     FromControl,
     FromUpstream,
+    Heard,
     Load,
     Lost,
     Message,
     Open,
     Outcome,
+    Place,
+    Renew,
     Resume,
     Returned,
     Role,
     Run,
     SessionFailed,
     Undefine,
+    Unshare,
 )
 from .opening import unanswered_s
 from .scheduler import Scheduler
 from .shipping import BlobStore
+from .starters import OUR_TERMS, Terms
 from .stats import read_load
-from .tenancy import REFETCH_S, Tenancy
+from .tenancy import Tenancy
 from .transfers import Transfers, fetch
 from .transport import Link, Loop
+from .upkeep import REFETCH_S
 
 if TYPE_CHECKING:
     from .auth import Secret
@@ -85,7 +97,7 @@ class Uplink:
 
     def __init__(self, agent: Agent, link: Link) -> None:
         self.agent, self.link = agent, link
-        self.transfers = Transfers(link, agent.store, agent.loop.call_later)
+        self.transfers = Transfers(link, agent.store, agent.loop.call_later, agent.files)
 
     def __repr__(self) -> str:
         return f"<Uplink to {self.link.name}>"
@@ -112,6 +124,10 @@ class Uplink:
                 self._pass(batch)
                 batch = []
                 self.agent.open_session(self, message)
+            elif isinstance(message, (Renew, CleanUp)):
+                self._pass(batch)
+                batch = []
+                self.agent.state_said(self, message)
             elif isinstance(message, Define) and message.buffers:
                 self.agent.expect_code(self, message)
                 batch.append(message)
@@ -121,6 +137,10 @@ class Uplink:
                 self.agent.end_uplink(self, message.reason)
             elif isinstance(message, Answer) and message.buffers:
                 self.agent.fetch_answer(self, message)
+            elif isinstance(message, (Place, Found, Delivered)):
+                self.agent.files_said(self, message)
+            elif isinstance(message, (Heard, Unshare)):
+                self.agent.values_said(self, message)
             elif not self.transfers.handle(message):
                 if isinstance(message, (Ack, Resume)):
                     self.agent.release_results(self, message)
@@ -149,15 +169,20 @@ class Agent:
         spool: directory for the sessions' files; must exist and be writable.
         on_drained: called once a drain has ended.
         memory_limit: of each worker with what its task started; None: no limit.
+        terms: on which processes are started.
     """
 
     def __init__(self, secret: Secret, slots: int, name: str, spool: str,
-                 on_drained: Callable[[], object] | None = None, memory_limit: MemoryLimit | None = None) -> None:
+                 on_drained: Callable[[], object] | None = None, memory_limit: MemoryLimit | None = None,
+                 terms: Terms = OUR_TERMS) -> None:
         from .handshake import Credentials
         self.name, self.slots, self.spool = name, slots, spool
-        self.memory_limit = memory_limit
+        self.memory_limit, self.terms = memory_limit, terms
         self.loop = Loop("distexec-agent")
         self.store = BlobStore(arena_closed=self._on_arena_closed)
+        self.cache = BlobCache(self.store, share_of_memory())
+        self.store.make_room = self.cache.make_room
+        self.files = FileTraffic(self.loop)
         self.scheduler = Scheduler(slots, name, orphan_s=ORPHAN_S, absent=self._is_absent)
         self.dispatcher = Dispatcher(self.loop, self.scheduler, on_session_end=self._on_session_end, on_kin=self._on_kin)
         self.tenancies: dict[bytes, Tenancy] = {}
@@ -231,6 +256,7 @@ class Agent:
             for thread in list(self._ending):
                 thread.join()
         self.loop.stop()
+        self.files.close()
         self.store.close()
 
     # ---- links
@@ -260,6 +286,9 @@ class Agent:
         self._uplinks.discard(uplink)
         _log.info("connection to %s ended: %s", uplink.link.name, reason)
         self.dispatcher.call(lambda now: self.scheduler.upstream_lost(uplink, now - ago_s))
+        for tenancy in self.tenancies.values():
+            if tenancy.uplink is uplink:
+                tenancy.published.client_left()
         self._look_for_clients()
 
     def _look_for_clients(self) -> None:
@@ -277,6 +306,7 @@ class Agent:
         """Tell every client how this machine does; one whose kernel does not even acknowledge is out of reach."""
         self.loop.call_later(LOAD_S, self._tell_load)
         load = self._load()
+        self.cache.relieve(load.memory_free_bytes, load.memory_total_bytes)
         for uplink in list(self._uplinks):
             silent_s = unanswered_s(uplink.link.sock)
             if silent_s > UNANSWERED_S:
@@ -314,20 +344,23 @@ class Agent:
             except OSError as error:
                 reason = f"its directory for a session cannot be made: {error}; see to {self.spool} (--spool)"
                 _log.error("session of %s: %s", opened.spec.name, reason)
-                uplink.link.send([SessionFailed(opened.session, Evidence(self.name, reason=reason))])
+                uplink.link.send([SessionFailed(opened.session, Evidence(self.name, reason=reason), b"",
+                                                       opened.spec.generation)])
                 return
             _log.info("session of %s begins", opened.spec.name)
         is_other, tenancy.uplink = not _is_same(tenancy.uplink.link, uplink.link), uplink
         tenancy.pull_again()
-        self.dispatcher.call(self._open, tenancy, opened, uplink, is_other)
+        # What workers know of modules, setup and environment is as the client's last life had it, or before it was renewed.
+        is_new = tenancy.session is not None and (is_other or opened.spec != tenancy.opened.spec)
+        self.dispatcher.call(self._open, tenancy, opened, uplink, tenancy.renew(opened.spec) if is_new else None)
 
-    def _open(self, tenancy: Tenancy, opened: Open, uplink: Uplink, is_other: bool, now: float) -> None:
-        if is_other and tenancy.session is not None:
-            self.scheduler.renew_workers(tenancy.session)  # they know modules as the client's last life had them
+    def _open(self, tenancy: Tenancy, opened: Open, uplink: Uplink, generation: int | None, now: float) -> None:
+        if generation is not None and tenancy.session is not None:
+            self.scheduler.renew_workers(tenancy.session, opened.spec, generation, now)
         session = self.scheduler.open_session(opened, uplink, now)
         tenancy.session = session
         self._by_session[session] = tenancy
-        self.dispatcher.staff[session] = tenancy.pool
+        self.dispatcher.staff[session] = tenancy
 
     def _on_session_end(self, session: Session, had_tasks: bool) -> None:
         tenancy = self._by_session.pop(session, None)
@@ -394,9 +427,49 @@ class Agent:
                     for seq, _ in message.tasks if isinstance(message, Returned) else [(message.seq, 0)]:
                         tenancy.release(seq)
 
+    def state_said(self, uplink: Uplink, message: Renew | CleanUp) -> None:
+        """Hear what a client says of how its workers are prepared."""
+        tenancy = self._tenancy(uplink, message.session)
+        if tenancy is None or tenancy.session is None:
+            if isinstance(message, CleanUp):  # it could not begin here, or has ended
+                uplink.link.send([Cleaned(message.session, message.generation)])
+        elif isinstance(message, CleanUp):
+            tenancy.clean_up()
+        elif message.spec != tenancy.opened.spec:
+            self.dispatcher.call(self.scheduler.renew_workers, tenancy.session, message.spec, tenancy.renew(message.spec))
+
+    def values_said(self, uplink: Uplink, message: Heard | Unshare) -> None:
+        """Hear what a client says of partial results and of shared values."""
+        tenancy = self._tenancy(uplink, message.session)
+        if tenancy is None:
+            return
+        if isinstance(message, Heard):
+            tenancy.published.heard(message)
+        else:
+            tenancy.pool.unshare(message)
+            self.cache.drop(tenancy, message.blobs)
+
+    def files_said(self, uplink: Uplink, message: Place | Found | Delivered) -> None:
+        """Hear what a client says of files and modules."""
+        tenancy = self._tenancy(uplink, message.session)
+        if tenancy is None:
+            return
+        if isinstance(message, Place):
+            tenancy.files.place(message)
+        elif isinstance(message, Found):
+            tenancy.modules.found(message)
+        else:
+            tenancy.files.delivered(message)
+
     def release_results(self, uplink: Uplink, message: Ack | Resume) -> None:
         """Let go the blobs of results that the root has."""
         tenancy = self._tenancy(uplink, message.session)
+        if tenancy is not None and isinstance(message, Resume):
+            self.loop.call_soon(tenancy.say_again)
+        if tenancy is not None and tenancy.output.is_busy:
+            tenancy.output_heard(message)
+        if tenancy is not None and not tenancy.published.is_empty:
+            tenancy.partials_heard(message)
         if tenancy is None or not tenancy.results:
             return
         if isinstance(message, Ack) and message.attempts:

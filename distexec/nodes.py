@@ -24,8 +24,11 @@ from .messages import (
     BlobRef,
     Blocked,
     Bye,
+    Cleaned,
     Evidence,
+    Find,
     FromDownstream,
+    Heard,
     Hello,
     Load,
     Lost,
@@ -33,8 +36,10 @@ from .messages import (
     Offer,
     Outcome,
     Output,
+    Partial,
     Ping,
     Pong,
+    Record,
     Role,
     Submit,
     Took,
@@ -44,7 +49,10 @@ from .transfers import Transfers, fetch
 from .transport import HEARTBEAT_S, Link
 
 if TYPE_CHECKING:
+    from .clientfiles import ClientFiles
+    from .clientmodules import ClientModules
     from .handshake import Credentials
+    from .values import Values
 
 REDIAL_S = 0.1
 """Pause between the dials that prove a node dead; three refusals must fit into half a second (DESIGN §6)."""
@@ -97,8 +105,26 @@ class NodeOwner(Protocol):
     def twin_of(self, node: Node, incarnation: bytes) -> Node | None:
         """Give another node that is the same process, if there is one."""
 
+    @property
+    def files(self) -> ClientFiles:
+        """What nodes and calls are given, and what tasks send."""
+
+    @property
+    def modules(self) -> ClientModules:
+        """The user's own modules."""
+
+    @property
+    def values(self) -> Values:
+        """What is shared, and where partial results go."""
+
+    def node_cleaned(self, node: Node, cleaned: Cleaned) -> object:
+        """Learn how what setup made there was cleaned up."""
+
     def node_wrote(self, node: Node, output: Output) -> object:
         """Learn what a task of ours printed there."""
+
+    def node_logged(self, node: Node, record: Record) -> object:
+        """Learn what a task of ours logged there."""
 
 
 class Node:
@@ -142,6 +168,11 @@ class Node:
     def name(self) -> str:
         """The name the node gave itself; its address until then."""
         return self.hello.name if self.hello is not None else self.address
+
+    @property
+    def is_up(self) -> bool:
+        """Whether it can be told something."""
+        return self.state is NodeState.UP
 
     @property
     def may_hold(self) -> bool:
@@ -238,11 +269,14 @@ class Node:
         self._failures = self._refusals = 0
         self._opened_at = time.monotonic()
         self._has_said_bye = False
-        self._transfers = Transfers(link, self._store, self._loop.call_later)
+        self._transfers = Transfers(link, self._store, self._loop.call_later, self._owner.files.traffic)
         self.is_told = False
         self._set(NodeState.UP)
         self._is_known = True
         self._dispatcher.call(lambda now: self._dispatcher.scheduler.node_joined(self, hello.name, self._window_s))
+        self._owner.files.node_opened(self)
+        self._owner.modules.node_opened(self)
+        self._owner.values.node_opened(self)
 
     def _on_failed(self, error: Exception) -> None:
         if self._has_left:
@@ -354,6 +388,8 @@ class Node:
                     self._dispatcher.receive(self, passed)
                     passed = []
                 self._fetch_call(message)
+            elif type(message) is Partial:
+                self._on_partial(link, message)
             elif not self._keep(message):
                 has_offer = has_offer or isinstance(message, Offer)
                 passed.append(message)
@@ -366,24 +402,59 @@ class Node:
         """Take what is not the scheduler's."""
         if isinstance(message, Output):
             self._owner.node_wrote(self, message)
+        elif isinstance(message, Record):
+            self._owner.node_logged(self, message)
         elif isinstance(message, Load):
             self.load = message
         elif isinstance(message, Bye):
             self._has_said_bye = True
-        elif self._transfers is None or not self._transfers.handle(message):
+        elif isinstance(message, Cleaned):
+            self._owner.node_cleaned(self, message)
+        elif isinstance(message, Find):
+            self._owner.modules.find(self, message)
+        elif self._transfers is None or not (self._transfers.handle(message)
+                                             or self._owner.files.node_said(self, message, self._transfers)):
             return isinstance(message, (Ping, Pong, Hello))
         return True
 
     # A call with blobs is heard once they are here; what its task says after it comes after it.
 
     def _waits_behind(self, message: Message) -> bool:
-        if not isinstance(message, (Submit, Outcome, Blocked, Took)):
+        if not isinstance(message, (Submit, Outcome, Blocked, Took, Partial)):
             return False
         behind = self._behind.get((message.session, message.seq, message.attempt))
         if behind is None:
             return False
         behind.append(message)
         return True
+
+    def _on_partial(self, link: Link, partial: Partial) -> None:
+        """Hear a partial result once its blobs are here; a link that is cut meanwhile says it again when it is back."""
+        assert self._transfers is not None, "it was just heard"
+        key = partial.session, partial.seq, partial.attempt
+        if not _has_blobs(partial):
+            self._owner.values.node_published(self, partial)
+            link.send([Heard(*key, partial.number)])
+            return
+        self._behind[key] = []
+
+        def here() -> None:
+            self._owner.values.node_published(self, partial)
+            go_on()
+
+        def failed(reason: str) -> None:
+            if link is self.link:
+                self._owner.values.partial_lost(partial, reason)
+                go_on()
+
+        def go_on() -> None:
+            link.send([Heard(*key, partial.number)])
+            if link is self.link:
+                behind = self._behind.pop(key, [])
+                if behind:
+                    self._on_messages(link, behind)
+
+        fetch(self._transfers, self._store, partial.buffers, here, failed)
 
     def _fetch_call(self, call: Submit) -> None:
         link = self.link
@@ -449,5 +520,6 @@ class Node:
         return True
 
 
-def _has_blobs(call: Submit) -> bool:
-    return any(isinstance(buffer, BlobRef) for buffer in (*call.function_buffers, *call.buffers))
+def _has_blobs(call: Submit | Partial) -> bool:
+    buffers = (*call.function_buffers, *call.buffers) if isinstance(call, Submit) else call.buffers
+    return any(isinstance(buffer, BlobRef) for buffer in buffers)

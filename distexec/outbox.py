@@ -12,6 +12,7 @@ from __future__ import annotations
 import _thread
 import array
 import os
+import select
 import socket
 import sys
 from collections import deque
@@ -20,7 +21,7 @@ from time import monotonic_ns
 from types import UnionType
 from typing import Any, cast
 
-from distexec.messages import Message, Outcome, Segment, Submit
+from distexec.messages import Keep, Message, Outcome, Partial, Segment, Submit
 from distexec.protocol import FrameDecoder, pack
 
 QUICK_NS = 1_000_000
@@ -31,6 +32,13 @@ LARGE_OUTBOX_BYTES = 1 << 20
 """Outcomes are flushed above this, so that their frame stays small. Larger: the pool starts later on them."""
 
 RECEIVE_BYTES = 256 << 10
+
+SPIN_NS = 200_000
+"""How long a worker whose last frame was a single task's looks for the next before it sleeps, if that was worth it lately.
+Longer: processor time. Shorter: a program that calls, waits and calls again pays for waking it up, a fifth of the call."""
+
+MAX_SKIPPED = 63
+"""How many such frames in a row are followed by sleep at once while looking is never worth it."""
 
 FDS_PER_FRAME = 16
 """The pool's transport makes room for as many descriptors with one frame."""
@@ -53,10 +61,29 @@ class BlockingLink:
         self._sock = sock
         self._decoder = FrameDecoder(cast("UnionType", says))
         self._buffer = memoryview(bytearray(RECEIVE_BYTES))
+        poller = select.poll()
+        poller.register(sock.fileno(), select.POLLIN)
+        self._poll = poller.poll
+        self._skipped = self._to_skip = 0  # frames after which it slept at once since it last looked; how many that may be
 
     def fileno(self) -> int:
         """The socket's descriptor, to select on."""
         return self._sock.fileno()
+
+    def look_ahead(self) -> None:
+        """Stay awake for a moment if the next frame is likely to come in it: caches stay warm, and nobody has to wake us."""
+        if self._skipped < self._to_skip:
+            self._skipped += 1
+            return
+        self._skipped = 0
+        until_ns = monotonic_ns() + SPIN_NS
+        poll, give_way = self._poll, os.sched_yield
+        while not poll(0):
+            if monotonic_ns() >= until_ns:
+                self._to_skip = min(2 * self._to_skip + 1, MAX_SKIPPED)
+                return
+            give_way()
+        self._to_skip = 0
 
     def receive(self) -> list[Any]:
         """Wait for more bytes; return the messages they complete, perhaps none. Raises EOFError when the pool went."""
@@ -121,7 +148,7 @@ class Outbox:
     def __init__(self, link: BlockingLink) -> None:
         self._link = link
         self._lock = _thread.allocate_lock()  # held while sending, so that frames never interleave; and for _fds
-        self.messages: list[Message | Segment] = []  # appended to without the lock, so never replaced by another list
+        self.messages: list[Message | Segment | Keep] = []  # appended to without the lock, so never replaced by another list
         self._fds: list[int] = []
         self._large_bytes = 0
         self.append = self.messages.append
@@ -133,7 +160,7 @@ class Outbox:
         """Whether some thread is in the middle of a flush."""
         return self._lock.locked()
 
-    def append_large(self, outcome: Outcome | Submit, segments: list[tuple[Segment, int]]) -> None:
+    def append_large(self, outcome: Outcome | Submit | Partial, segments: list[tuple[Segment, int]]) -> None:
         """Add an outcome with much in it, and the segments, with their descriptors, that must go before it."""
         for segment, fd in segments:
             with self._lock:
@@ -148,6 +175,25 @@ class Outbox:
         self._large_bytes += len(outcome.data) + sum(len(each) for each in outcome.buffers if isinstance(each, bytes))
         if self._large_bytes > LARGE_OUTBOX_BYTES:
             self.flush()
+
+    def send_with_fds(self, message: Message, fds: list[int]) -> None:
+        """Send a message, and what is in line, now; the descriptors, duplicated, go with it. Any thread."""
+        copies = [os.dup(fd) for fd in fds]
+        while True:
+            with self._lock:
+                if len(self._fds) + len(copies) <= FDS_PER_FRAME:
+                    self.messages.append(message)
+                    self._fds.extend(copies)
+                    break
+            self.flush()
+        self.flush()
+
+    def flush_soon(self) -> None:
+        """Flush now, or within a millisecond along with what follows. Any thread of the task."""
+        if monotonic_ns() - self.flushed_ns > QUICK_NS:
+            self.flush()
+        elif not self.flusher.is_armed:
+            self.flusher.arm()
 
     def flush_old(self) -> None:
         """Flush if the oldest message may have waited for long enough."""

@@ -76,6 +76,10 @@ class CallPacker:
         self._by_reference[id(fn)] = fn, packed
         return packed
 
+    def forget_references(self) -> None:
+        """Look at each callable anew: modules are others than they were."""
+        self._by_reference.clear()
+
     def pack_call(self, args: tuple[Any, ...], kwargs: dict[str, Any], known: bytes | None = None) -> Packed:
         """Give the pickle of a call's arguments and its large buffers, which are the arguments' own memory: copy them.
 
@@ -154,6 +158,7 @@ class CallUnpacker:
 
     def __init__(self) -> None:
         self._main = mainmodule.MainModule()
+        self.explain: Callable[[BaseException], object] | None = None  # adds to an exception what is known of it here
 
     def install_main(self, file: str | None = None) -> ModuleType:
         """Make the session's empty `__main__` and put it in `sys.modules`; the user's script is never run.
@@ -166,6 +171,9 @@ class CallUnpacker:
         """Rebuild a callable that `pack_function` packed; PayloadError, with its cause, when that fails."""
         try:
             fn: Callable[..., Any] = self._load(data, buffers)
+        except ModuleNotFoundError as error:
+            _tell_for(error, "the function", data)
+            raise
         except BaseException as error:  # unpickling runs the user's code; whoever waits for the task is told
             raise _payload_error("the function", data, error) from error
         return fn
@@ -177,6 +185,9 @@ class CallUnpacker:
                 call = self._load(data, buffers)
             else:
                 call = _loads(data)
+        except ModuleNotFoundError as error:
+            _tell_for(error, "the arguments of the call", data)
+            raise
         except BaseException as error:  # as in load_function
             raise _payload_error("the arguments of the call", data, error) from error
         if type(call) is tuple:
@@ -204,6 +215,8 @@ class CallUnpacker:
         `traceback`: the one to show; None: the exception's own. An exception that cannot be pickled, or not be rebuilt
         (tried here), is replaced by a RemoteError.
         """
+        if self.explain is not None:
+            self.explain(exc)
         text = _traceback_text(exc, traceback)
         exc = self._main.explain(exc)
         exc.__traceback__ = None  # its frames hold every object the task used
@@ -254,6 +267,12 @@ def _is_curable(error: Exception) -> bool:
 def _writable(buffers: Sequence[Buffer]) -> Sequence[Buffer]:
     """Give buffers that arrays built over them may write to, as over memory of their own."""
     return [bytearray(buffer) if type(buffer) is bytes else buffer for buffer in buffers]
+
+
+def _tell_for(error: ModuleNotFoundError, what: str, data: Buffer) -> None:
+    """Add to an error what could not be unpickled for it. It stays what it is: whoever gets it knows what to install."""
+    names = _global_names(data)
+    error.add_note(f"{what} could not be unpickled for that" + (f" (it names {', '.join(names)})" if names else ""))
 
 
 def _payload_error(what: str, data: Buffer, error: BaseException) -> BaseException:

@@ -354,8 +354,12 @@ class Placement:
             self.drop_lane(lane)
             self.pool.append(StopWorker(lane.peer))
 
-    def renew_workers(self, session: Session) -> None:
-        """Let the workers go that a session has now, each after what it was leased; others take their place."""
+    def renew_workers(self, session: Session, generation: int) -> None:
+        """Let the workers go that a session has now, each after what it was leased; others take their place.
+
+        `generation` is the pool's number of the preparation from which those come.
+        """
+        session.generation = generation
         for lane in [each for each in session.lanes.values() if each.is_worker]:
             if lane.leases:
                 lane.state = LaneState.DRAINING
@@ -397,7 +401,8 @@ class Placement:
         lane.revoked_from = first
         lane.revoke_range = (first, lane.sent)
         lane.session.free.pop(lane, None)
-        self.pool.append(Revoke(lane.peer, first, lane.sent))
+        doomed = min((task.order for task in lane.leases.values() if task.doom is not None), default=0)
+        self.pool.append(Revoke(lane.peer, first, lane.sent, doomed))
 
     def taken_back(self, lane: Lane, started: int) -> list[Task]:
         """End a revocation: give the tasks the worker had not started, youngest first; end it if it runs a doomed one."""

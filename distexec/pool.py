@@ -22,8 +22,11 @@ from functools import partial
 from multiprocessing.context import BaseContext
 from typing import Any, Protocol, cast
 
+from msgspec import structs
+
 from distexec.capture import Capture
 from distexec.errors import describe_exit
+from distexec.generations import Generation, Generations
 from distexec.lastwords import shorten
 from distexec.memory import shared_file
 from distexec.memorywatch import LOOK_S, LOOK_SHARE, MemoryLimit, oom_kills, overusers
@@ -32,14 +35,19 @@ from distexec.messages import (
     BlobRef,
     Buffers,
     Bye,
+    Cleaned,
     Define,
+    Delivery,
     Evidence,
     Forget,
     Free,
     FromWorker,
+    Keep,
     Message,
     Outcome,
+    Partial,
     Ready,
+    Record,
     Returned,
     Run,
     Segment,
@@ -47,14 +55,20 @@ from distexec.messages import (
     SessionSpec,
     Stream,
     Submit,
+    Unshare,
 )
+from distexec.preparation import Host, PreparedStarter
 from distexec.shipping import BlobStore
-from distexec.starters import Call, ContextStarter, Exit, Starter, TemplateStarter, drain
+from distexec.starters import OUR_TERMS, Call, ContextStarter, Exit, Starter, TemplateStarter, Terms, drain
 from distexec.transport import Link, Loop, Timer
 from distexec.worker import PAGE_BYTES, WorkerPage
 
 FORCE_S = 1.0
 """For a worker that closed its link to end. Longer: a slot is missing so long. Shorter: a core dump may be cut off."""
+
+CLEANUP_S = 10.0
+"""For a session's cleanup when nobody waits for it, or all is to end at once. Longer: slots and processes of who is gone
+stay. Shorter: what it holds elsewhere is not given back."""
 
 PATIENCE_S = 15.0
 """For the system to end what was killed. Shorter: a busy machine is taken for a broken one."""
@@ -88,11 +102,26 @@ class Owner(Protocol):
         Where it is not: the stacks of a worker that crashed (`seq` 0), which it did not print itself.
         """
 
+    def worker_logged(self, worker: Worker, record: Record) -> object:
+        """A task, or the initializer (`seq` 0), logged this."""
+
+    def worker_published(self, worker: Worker, partial: Partial) -> object:
+        """A task has a partial result; comes before its outcome, blobs as in `worker_said`."""
+
+    def worker_sends(self, worker: Worker, delivery: Delivery, fd: int, reply_fd: int) -> object:
+        """A task sends a file to its client, open as `fd`, and waits at the other end of `reply_fd`; the owner's now."""
+
     def worker_gone(self, worker: Worker, evidence: Evidence) -> object:
         """A worker that was ready has ended, and everything it sent was delivered."""
 
-    def start_failed(self, evidence: Evidence, data: bytes) -> object:
-        """A worker ended before it was ready; `data`: the packed exception if its initializer or starting it raised."""
+    def start_failed(self, evidence: Evidence, data: bytes, generation: int) -> object:
+        """A worker ended before it was ready; `data`: the packed exception of setup, initializer or start, if any."""
+
+    def state_wrote(self, stream: Stream, data: bytes) -> object:
+        """A setup or cleanup printed this. Only where output is captured."""
+
+    def state_cleaned(self, cleaned: Cleaned) -> object:
+        """A session's cleanup has ended; comes only where there is one."""
 
 
 class Worker:
@@ -110,10 +139,11 @@ class Worker:
         self.link: Link = cast("Link", None)  # set at once by the pool; a link needs us for its callbacks
         self.output = output
         self.session: Any = None  # for the owner's use
+        self.generation: Generation = cast("Generation", None)  # set at once by the pool
         self._on_run = on_run  # called after Runs were queued, if output is captured
         self._store = store
         self._arenas: set[int] = set()  # whose descriptors it was given
-        self._kept: list[BlobRef] = []  # of its functions: mapped there for as long as it lives
+        self._kept: list[BlobRef] = []  # of its functions and of shared values: mapped there until it says otherwise
         # The pool's, on the I/O thread:
         self.exit: Exit | None = None
         self.is_closed = False
@@ -168,6 +198,18 @@ class Worker:
                 self._kept.append(ref)
         self._announce(buffers)
 
+    def note(self, keep: Keep) -> None:
+        """Hold what it keeps mapped, and let go of what it does not any more."""
+        self._kept += [ref for ref in keep.blobs if self._store.retain_if_here(ref)]
+        for ref in keep.dropped:
+            if ref in self._kept:
+                self._kept.remove(ref)
+                self._store.release(ref)
+
+    def count_kept(self, ref: BlobRef) -> int:
+        """Count the references that are held to a blob because it is mapped there."""
+        return self._kept.count(ref)
+
     def forget(self, arena: int) -> None:
         """Tell it that an arena is gone, if it was told of it."""
         if arena in self._arenas:
@@ -212,11 +254,12 @@ class Pool:
         initializer: with a context, the function and arguments that multiprocessing hands to each worker, in place of
             the spec's.
         memory_limit: of each worker with what its task started; what uses more is killed. None: no limit.
+        terms: on which processes are started.
     """
 
     def __init__(self, loop: Loop, spec: SessionSpec, owner: Owner, *, store: BlobStore, capture: bool, node: str,
                  context: BaseContext | None = None, initializer: Call | None = None,
-                 memory_limit: MemoryLimit | None = None) -> None:
+                 memory_limit: MemoryLimit | None = None, terms: Terms = OUR_TERMS) -> None:
         self._loop, self._spec, self._owner, self._store = loop, spec, owner, store
         self._captures, self._node = capture, node
         self._memory_limit = memory_limit
@@ -228,14 +271,19 @@ class Pool:
         self._has_adopted = self._is_trim_armed = False  # large results; since `_trim` looked last
         self._is_closing = False
         self._is_closed = threading.Event()
-        self._kept = [ref for ref in spec.initializer_buffers if isinstance(ref, BlobRef)]
-        for ref in self._kept:
-            store.retain(ref)
-        self._starter: Starter
-        if context is None:
-            self._starter = TemplateStarter(loop, spec, store, self._on_born, self._on_died)
-        else:
-            self._starter = ContextStarter(loop, spec, store, context, initializer, self._on_born, self._on_died)
+        self._context, self._initializer, self._terms = context, initializer, terms
+        self._number = 0  # of the last generation asked for
+        self._generations = Generations(self, store, spec, self._make_starter)
+        self.on_end: Callable[[], object] | None = None  # called once nothing is left
+
+    def _make_starter(self, spec: SessionSpec, host: Host) -> Starter:
+        if self._context is not None:
+            return ContextStarter(
+                self._loop, spec, self._store, self._context, self._initializer, self._on_born, self._on_died)
+        if spec.setup or spec.setup_buffers or self._terms.init is not None:
+            return PreparedStarter(self._loop, spec, self._store, self._on_born, self._on_died, self._terms, host,
+                                   captures=self._captures)
+        return TemplateStarter(self._loop, spec, self._store, self._on_born, self._on_died, self._terms)
 
     def __repr__(self) -> str:
         return f"<Pool {self._spec.name!r}: {len(self._workers)} workers{', closing' if self._is_closing else ''}>"
@@ -251,6 +299,30 @@ class Pool:
         """Start one more worker; `worker_ready` or `start_failed` follows. Nothing happens once the pool is closing."""
         self._loop.run_here(self._start_worker)
 
+    def relocate(self, spec: SessionSpec) -> None:
+        """Prepare workers so from now on. I/O thread."""
+        self._spec = spec
+        self._generations.current.relocate(spec)
+
+    def renew(self, spec: SessionSpec) -> int:
+        """Start workers from a new preparation from now on; give its number. Who has older ones may go on with them.
+
+        Callers see to it that no two do this at once. If blobs of the spec are not here, `blobs_came` is to follow.
+        """
+        self._number += 1
+        self._loop.run_here(self._renew, self._number, spec)
+        return self._number
+
+    def _renew(self, number: int, spec: SessionSpec) -> None:
+        if not self._is_closing:
+            self._spec = spec
+            self._generations.renew(number, spec)
+
+    def blobs_came(self) -> None:
+        """Learn that blobs are here that the present generation may have waited for. I/O thread."""
+        if not self._is_closing:
+            self._generations.current.go_on()
+
     def stop_worker(self, worker: Worker) -> None:
         """Let it finish what it was sent, then end; `worker_gone` follows. Nothing may be queued for it afterwards."""
         worker.is_stopping = True
@@ -260,23 +332,38 @@ class Pool:
         """Kill it and everything its tasks started; `worker_gone` follows, with this reason in its evidence."""
         self._loop.run_here(self._kill, worker, reason)
 
+    def unshare(self, message: Unshare) -> None:
+        """Tell every worker that nobody uses some shared values any more. I/O thread."""
+        for worker in self._workers.values():
+            if not worker.is_stopping and not worker.is_closed:
+                worker.link.send([message])
+
+    def count_kept(self, ref: BlobRef) -> int:
+        """Count the references that are held to a blob because workers have it mapped. I/O thread."""
+        return sum(worker.count_kept(ref) for worker in self._workers.values())
+
     def forget_arena(self, arena: int) -> None:
         """Say that the store closed an arena; workers then close their descriptor of it."""
         for worker in list(self._workers.values()):
             worker.forget(arena)
 
-    def close(self, timeout_s: float = 5.0) -> None:
-        """Let every worker finish what it was sent, for `timeout_s` seconds; then kill what is left, and go.
+    def close(self, timeout_s: float = 5.0, cleanup_s: float | None = None) -> None:
+        """Let every worker finish what it was sent, for `timeout_s` seconds; then kill what is left, clean up, and go.
 
-        Returns when nothing is left, unless called on the I/O thread, where it only begins.
+        Returns when nothing is left, unless called on the I/O thread, where it only begins. `cleanup_s` is for the session's
+        cleanup; None: as long as it takes. Again, with less time, while it is under way: the less counts.
         """
-        self._loop.run_here(self._begin_close, timeout_s)
-        if not self._loop.is_current() and not self._is_closed.wait(timeout_s + PATIENCE_S):
-            _log.warning("distexec: %r could not be closed in time: a process that not even SIGKILL ends?", self)
+        self._loop.run_here(self._begin_close, timeout_s, cleanup_s)
+        if self._loop.is_current():
+            return
+        while not self._is_closed.wait(timeout_s + PATIENCE_S):
+            if not self._generations.is_cleaning:
+                _log.warning("distexec: %r could not be closed in time: a process that not even SIGKILL ends?", self)
+                break
 
     def terminate(self) -> None:
         """Kill every worker now, and go; as `close` otherwise."""
-        self.close(0.0)
+        self.close(0.0, CLEANUP_S)
 
     @property
     def is_closed(self) -> bool:
@@ -286,7 +373,8 @@ class Pool:
     # ---- I/O thread: birth
 
     def _start_worker(self) -> None:
-        if self._is_closing:
+        generation = self._generations.current
+        if self._is_closing or not generation.is_ready():
             return
         self._numbers += 1
         number = self._numbers
@@ -301,7 +389,7 @@ class Pool:
                     on_error.callback(output.close)
                 ours, theirs = socket.socketpair()
             except OSError as error:
-                self._owner.start_failed(Evidence(self._node, reason=_no_descriptors(error)), b"")
+                self._owner.start_failed(Evidence(self._node, reason=_no_descriptors(error)), b"", generation.number)
                 return
             on_error.pop_all()
             at_end.enter_context(theirs)
@@ -309,8 +397,10 @@ class Pool:
             worker.link = self._loop.adopt(
                 ours, cast("Any", FromWorker), partial(self._on_messages, worker),
                 lambda _, reason: self._on_closed(worker), fds=True)
+            worker.generation = generation
+            generation.workers.add(number)
             try:
-                self._starter.start(number, theirs, page_fd, output.fds if output else None)
+                generation.starter.start(number, theirs, page_fd, output.fds if output else None)
             except OSError as error:
                 self._on_died(number, Exit(reason=_no_descriptors(error)))
 
@@ -350,6 +440,22 @@ class Pool:
             case Segment(blob, arena, _):
                 self._adopt(worker, blob, arena)
                 return False
+            case Delivery():
+                fd, reply_fd = self._take_fds(worker, 2, "a file that it sends")
+                self._owner.worker_sends(worker, message, fd, reply_fd)
+                return False
+            case Record():
+                self._owner.worker_logged(worker, message)
+                return False
+            case Partial():
+                for ref in message.buffers:
+                    if isinstance(ref, BlobRef):
+                        worker.unclaimed.pop(ref.digest, None)
+                self._owner.worker_published(worker, message)
+                return False
+            case Keep():
+                worker.note(message)
+                return False
             case Ready(pid):
                 worker.pid, worker.is_ready = pid, True
                 self._trials = TRIALS
@@ -361,17 +467,22 @@ class Pool:
         return True
 
     def _adopt(self, worker: Worker, blob: BlobRef, arena: int) -> None:
-        """Make a result's shared memory a blob. If we are out of descriptors it has not come: then the link breaks."""
-        if not worker.link.received_fds:
-            self._kill(worker, "its result could not be received: raise the limit of open files (ulimit -n)")
-            raise OSError("a worker's descriptor did not arrive: too many open files")
+        """Make a result's shared memory a blob."""
         returned = partial(worker.give_back, arena) if arena else None
-        self._store.adopt(worker.link.received_fds.popleft(), blob.size_bytes, blob.digest, returned)
+        (fd,) = self._take_fds(worker, 1, "its result")
+        self._store.adopt(fd, blob.size_bytes, blob.digest, returned)
         worker.unclaimed[blob.digest] = blob
         self._has_adopted = True
         if not self._is_trim_armed:
             self._is_trim_armed = True
             self._loop.call_later(TRIM_S, self._trim)
+
+    def _take_fds(self, worker: Worker, count: int, what: str) -> list[int]:
+        """Take the descriptors that came with a message. If we are out of them they have not: then the link breaks."""
+        if len(worker.link.received_fds) < count:
+            self._kill(worker, f"{what} could not be received: raise the limit of open files (ulimit -n)")
+            raise OSError("a worker's descriptor did not arrive: too many open files")
+        return [worker.link.received_fds.popleft() for _ in range(count)]
 
     def _trim(self) -> None:
         """Have workers give back the memory kept for large results, once there were none for a while."""
@@ -417,7 +528,7 @@ class Pool:
     def _kill(self, worker: Worker, reason: str) -> None:
         if worker.exit is None:
             worker.kill_reason = worker.kill_reason or reason
-            self._starter.end(worker.number)
+            worker.generation.starter.end(worker.number)
 
     def _on_closed(self, worker: Worker) -> None:
         worker.is_closed = True
@@ -450,9 +561,9 @@ class Pool:
         elif self._may_try_again(worker.exit):
             self._start_worker()
         else:
-            self._owner.start_failed(evidence, worker.failure.data if worker.failure else worker.exit.failure)
-        if self._is_closing and not self._workers:
-            self._starter.close(self._end)
+            data = worker.failure.data if worker.failure else worker.exit.failure
+            self._owner.start_failed(evidence, data, worker.generation.number)
+        self._generations.left(worker.generation, worker.number)
 
     def _may_try_again(self, how: Exit) -> bool:
         """Whether a start failed for no reason of its own: somebody killed a template that had worked before."""
@@ -473,14 +584,15 @@ class Pool:
         tail = worker.output.tail() if worker.output else shorten(words.printed + words.stacks)
         return Evidence(self._node, worker.pid, how.exitcode, how.signal, reason, tail)
 
-    def _begin_close(self, timeout_s: float) -> None:
+    def _begin_close(self, timeout_s: float, cleanup_s: float | None) -> None:
         if not self._is_closing:
             self._is_closing = True
             if timeout_s > 0:
                 for worker in list(self._workers.values()):
                     self.stop_worker(worker)
-            if not self._workers:
-                self._starter.close(self._end)
+            self._generations.close(self._end, cleanup_s)
+        elif cleanup_s is not None:
+            self._generations.hurry(cleanup_s)
         self._loop.call_later(timeout_s, self._force)
 
     def _force(self) -> None:
@@ -488,7 +600,28 @@ class Pool:
             self._kill(worker, "the pool was closed")
 
     def _end(self) -> None:
-        for ref in self._kept:
-            self._store.release(ref)
-        self._kept.clear()
         self._is_closed.set()
+        if self.on_end is not None:
+            self.on_end()
+
+    # ---- employer of the generations
+
+    def start_now(self, count: int) -> None:
+        """Start workers that had to wait."""
+        for _ in range(count):
+            self._start_worker()
+
+    def cannot_start(self, count: int, evidence: Evidence, data: bytes) -> None:
+        """Say of each worker that waited for the setup of the present generation that it will not come."""
+        for _ in range(count):
+            self._owner.start_failed(structs.replace(evidence, node=self._node), data, self._generations.number)
+
+    def state_wrote(self, stream: Stream, data: bytes) -> None:
+        """Pass on what a setup or cleanup printed."""
+        self._owner.state_wrote(stream, data)
+
+    def state_cleaned(self, cleaned: Cleaned) -> None:
+        """Pass on how a cleanup ended."""
+        if cleaned.evidence is not None:
+            cleaned = structs.replace(cleaned, evidence=structs.replace(cleaned.evidence, node=self._node))
+        self._owner.state_cleaned(cleaned)

@@ -9,14 +9,16 @@ every worker, so it imports little.
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
-from typing import cast
+from collections.abc import Sequence
+from typing import Any, cast
 
 from distexec.memory import COPY_BYTES, advise, map_memory, shared_file, write_at
-from distexec.messages import BlobRef, Free, Segment
+from distexec.messages import MAX_INLINE_BYTES, BlobRef, Buffers, Free, Segment
 
-__all__ = ["KEPT_BYTES", "ResultFiles"]
+__all__ = ["KEPT_BYTES", "ResultFiles", "close_parts", "keep_part", "kept_parts", "put_apart"]
 
 KEPT_BYTES = 128 << 20
 """Of files that are to be used again. Smaller: large results take new pages every time. Larger: idle memory."""
@@ -60,6 +62,19 @@ class _File:
                 advise(self.view, mmap.MADV_DONTFORK)  # what a task forks has no use for it
 
 
+def _written(file: _File, source: memoryview) -> bytes:
+    """Do as `file.write`, also where the files of tasks have to be smaller: this is none of theirs."""
+    try:
+        return file.write(source)
+    except OSError as error:
+        if error.errno != errno.EFBIG:
+            raise
+    from distexec.limits import unlimited_files
+
+    with unlimited_files():
+        return file.write(source)
+
+
 class ResultFiles:
     """The files that a worker keeps for its results. Used by the thread that runs tasks only."""
 
@@ -79,7 +94,7 @@ class ResultFiles:
         size = len(part)
         file = self._find(size) or self._make(size)
         try:
-            blob = BlobRef(file.write(memoryview(part)), size)
+            blob = BlobRef(_written(file, memoryview(part)), size)
             fd = os.dup(file.fd) if size <= KEPT_BYTES else file.fd
         except BaseException:
             os.close(file.fd)
@@ -133,3 +148,59 @@ class ResultFiles:
     def _drop(self, file: _File) -> None:
         del self._kept[file.number]
         os.close(file.fd)
+
+
+# ---- for what goes before the result, from any thread
+
+
+def put_apart(data: bytes, views: Sequence[memoryview]) -> tuple[bytes, Buffers, list[tuple[Segment, int]]]:
+    """Put what is too large for a message into shared memory; give data and buffers as they travel, and how to announce it.
+
+    The descriptors are the caller's. Raises OSError if there is no memory, or no descriptor.
+    """
+    parts: list[Any] = list(views)
+    if len(data) > MAX_INLINE_BYTES:
+        data, parts = b"", [data, *parts]
+    inline = MAX_INLINE_BYTES - len(data)
+    wire: list[bytes | BlobRef] = []
+    segments: list[tuple[Segment, int]] = []
+    try:
+        for part in parts:
+            if len(part) <= inline and not (kept_parts and type(part) is memoryview and id(part.obj) in kept_parts):
+                inline -= len(part)
+                wire.append(bytes(part))
+            else:
+                segments.append(_segment(part if type(part) is memoryview else memoryview(part)))
+                wire.append(segments[-1][0].blob)
+    except BaseException:
+        close_parts(segments)
+        raise
+    return data, tuple(wire), segments
+
+
+kept_parts: dict[int, tuple[Segment, int]] = {}
+"""By id of a view, where its bytes lie already."""
+
+
+def _segment(part: memoryview) -> tuple[Segment, int]:
+    known = kept_parts.get(id(part.obj)) if kept_parts else None
+    return keep_part(part) if known is None else (known[0], os.dup(known[1]))
+
+
+def keep_part(part: bytes | memoryview) -> tuple[Segment, int]:
+    """Copy bytes into a file of their own; give how to announce it, and its descriptor, which is the caller's."""
+    import xxhash
+
+    fd = shared_file()
+    try:
+        write_at(fd, memoryview(part), 0)
+    except BaseException:
+        os.close(fd)
+        raise
+    return Segment(BlobRef(xxhash.xxh3_128(part).digest(), len(part)), 0, 0), fd
+
+
+def close_parts(segments: list[tuple[Segment, int]]) -> None:
+    """Close the descriptors of what is not sent after all."""
+    for _, fd in segments:
+        os.close(fd)

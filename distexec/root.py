@@ -18,12 +18,14 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from msgspec import structs
 
 from .calls import Code, Room, put_by, release
+from .clientfiles import ClientFiles
+from .clientmodules import ClientModules
 from .dispatcher import Dispatcher
 from .errors import DistexecError, NoNodes, PayloadError, TaskKilled, TaskTimeout, WorkerLost, raisable, say_where
 from .future import ClusterFuture
@@ -43,12 +45,15 @@ from .messages import (
 )
 from .offspring import NESTED, NestedCalls
 from .payload import CallPacker
+from .renewal import Ground, Renewals
 from .report import ClusterStatus
 from .scheduler import Scheduler
 from .sessions import label_of
 from .shipping import BlobStore
 from .supply import LOCAL, Supply, lost_error
 from .transport import Loop
+from .usermodules import paths_elsewhere
+from .values import Values
 
 if TYPE_CHECKING:
     from .durable import Identity, Recorder
@@ -83,7 +88,9 @@ class Root:
     def __init__(self, *, name: str, packer: CallPacker, spec: SessionSpec, slots: int, ceiling: int, retries: int,
                  node_timeout_s: float, nodes_timeout_s: float | None, max_pending: int | None,
                  make_pool: Callable[[Root], Pool] | None, journal: Journal | None = None,
-                 identity: Identity | None = None, linger_s: float = 0.0, asks_all: bool = False) -> None:
+                 identity: Identity | None = None, linger_s: float = 0.0, asks_all: bool = False,
+                 downloads: str | None = None, ground: Ground | None = None,
+                 setup_args: Mapping[str, tuple[Any, ...]] | None = None) -> None:
         self.name = name
         self.retries = retries
         self.loop = Loop("distexec-io")
@@ -94,13 +101,15 @@ class Root:
         self.dispatcher = Dispatcher(self.loop, self.scheduler, on_ended=self._on_ended,
                                      on_failure=lambda _session, peer, failure: self.supply.session_failed(peer, failure),
                                      on_kin=lambda news: self._nested.take(news))
+        self.files = ClientFiles(self.loop, self.dispatcher, downloads)
         id, token = identity[:2] if identity is not None else (secrets.token_bytes(16), secrets.token_bytes(16))
         self.label = label_of(id)
-        self.spec = spec = structs.replace(spec, label=self.label)
+        self.spec = spec = structs.replace(spec, label=self.label, node=LOCAL)
         away_s = max(linger_s, min(node_timeout_s, LONG_S) + RETURN_S)
         opened = Open(0, id, token, 1.0, ceiling, for_nodes(spec), away_s)
         self.session = self.scheduler.open_session(opened, None, time.monotonic())
-        self.supply = Supply(self, node_timeout_s, nodes_timeout_s, has_pool=make_pool is not None)
+        self.supply: Supply = Supply(self, node_timeout_s, nodes_timeout_s, has_pool=make_pool is not None)
+        self.files.serve(self.supply, self.session)
         self.broken: BaseException | None = None
         self._make_pool = make_pool
         self.recorder: Recorder | None = None
@@ -114,8 +123,12 @@ class Root:
         self.seqs = itertools.count(last_seq + 1)
         self._last_old_seq = last_seq  # of earlier lives
         self.code = Code(self.session.no, self.store, last_fn, self._forget_functions)
-        self._nested = NestedCalls(self)
-        self._start_lock = threading.Lock()  # guards _is_started, pool, _closer
+        self._nested: NestedCalls = NestedCalls(self)
+        self.values = Values(self)
+        self._start_lock = threading.Lock()  # guards _is_started, pool, spec, _closer
+        self.renewals = Renewals(self, ground, setup_args or {}, node_timeout_s)
+        self.is_stale = False  # modules were imported again: `modules` must look before the next task is taken
+        self.modules: ClientModules = ClientModules(self)
         self._is_started = False
         self._closer: threading.Thread | None = None
         self._is_closing = False  # no new tasks; close when the last has ended
@@ -143,8 +156,9 @@ class Root:
             if self._is_started or self._is_closing:
                 return
             if self._make_pool is not None:
+                self.spec = structs.replace(self.spec, home=self.files.open())
                 self.supply.pool = self.dispatcher.staff[self.session] = self._make_pool(self)
-            self.loop.idle_hooks += [self._look_for_drop, self.store.reap]
+            self.loop.idle_hooks += [self._look_for_drop, self.store.reap, self.values.reap]
             self.loop.start()
             self.dispatcher.start()
             self.supply.start()
@@ -153,6 +167,12 @@ class Root:
                 self.loop.call_later(RECOVERY_CHECK_S, self._look_recovered)
             self._is_started = True
             _roots.add(self)
+
+    def respec(self, spec: SessionSpec) -> Pool | None:
+        """Prepare our own workers so from now on; gives their pool, once there is one."""
+        with self._start_lock:
+            self.spec = structs.replace(spec, home=self.spec.home)
+            return self.supply.pool
 
     def drop(self) -> None:
         """Learn, from a finalizer, that no executor refers to this any more; takes no lock."""
@@ -210,6 +230,7 @@ class Root:
     def interrupt(self) -> None:
         """End at once, as after Ctrl-C: a durable session is left to its journal and its nodes, others are killed."""
         self.supply.drop_output()
+        self.renewals.cleanups.limit(INTERRUPTED_S)
         if self.recorder is None or not self._has_work:
             self.kill_all()
             self.loop.call_later(INTERRUPTED_S, self._end_rest)
@@ -279,6 +300,8 @@ class Root:
     def _close(self) -> None:
         try:
             if not self.session.closing:
+                if self._is_started:
+                    self.renewals.cleanups.run()
                 self.dispatcher.call(self.scheduler.close_session, self.session)
             if self.recorder is not None:
                 away = [node.address for node in self.supply.nodes if node.may_hold]
@@ -287,6 +310,7 @@ class Root:
             if self._is_started:
                 self.supply.close(CLOSE_S)
             self.loop.stop()
+            self.files.close()
             self.store.close()
         finally:
             _roots.discard(self)
@@ -300,6 +324,7 @@ class Root:
         self._closer = threading.current_thread()
         if self.recorder is not None:
             self.recorder.abandon()
+        self.files.abandon()
         # Whoever held these is not here.
         self.dispatcher.lock, self._start_lock, self._closed = threading.Lock(), threading.Lock(), threading.Event()
         self.session.tasks.clear()
@@ -313,6 +338,8 @@ class Root:
         self.check_open()
         if not self._is_started:
             self.start()
+        if self.is_stale:
+            self.modules.look()
         if self.recorder is not None:
             return self.recorder.submit(fn, args, kwargs, options, self.retries if retries is None else retries, key)
         future: ClusterFuture[Any] = ClusterFuture()
@@ -332,6 +359,8 @@ class Root:
         self.check_open()
         if not self._is_started:
             self.start()
+        if self.is_stale:
+            self.modules.look()
         futures: list[ClusterFuture[Any]] = []
         batches: dict[int, tuple[Define, list[Task]]] = {}  # by function number: it may change between two calls
         for args in calls:
@@ -422,7 +451,7 @@ class Root:
     def let_go(self, task: Task) -> None:
         """Let go of a task's blobs and of its place among the pending; once, by whoever ended its future."""
         if task.run.buffers:
-            release(self.store, task.run.buffers)
+            self.values.let_go(task.run.buffers)
         if self._room is not None and task.run.seq > self._last_old_seq:  # a recovered task never had a place
             self._room.leave()
 
@@ -459,9 +488,18 @@ class Root:
         """End a task wherever it is."""
         self.dispatcher.call(lambda now: self.scheduler.kill(task))
 
+    def captures(self, node: str) -> bool:
+        """Whether what tasks print on a node is kept for their futures."""
+        return self.supply.output.captures(node)
+
     # ---- ends
 
     def _on_ended(self, ended: list[tuple[Task, Outcome | Lost]]) -> None:
+        supply = self.supply
+        if supply.output.printing:
+            supply.output.ended(ended)
+        if supply.logs.is_busy:
+            supply.logs.catch_up()
         if self.recorder is not None:
             self.recorder.ended(ended)
         else:
@@ -481,6 +519,7 @@ class Root:
                     value, error = self._unpack(task, message)
                     if error is not None and task.node != LOCAL:
                         say_where(error, task.node)
+                        self.modules.explain(error, task.node)
             else:
                 value, error = None, _worker_lost(task, message)  # type: ignore[arg-type]
             if error is not None:
@@ -563,8 +602,8 @@ def _claim(task: Task) -> bool:
 
 
 def for_nodes(spec: SessionSpec) -> SessionSpec:
-    """Leave out what only this machine's workers should have: the environment of the client."""
-    return structs.replace(spec, environ={})
+    """Leave out what only this machine's workers should have: the client's environment, and where its own modules lie."""
+    return structs.replace(spec, environ={}, path=paths_elsewhere(spec.path))
 
 
 def _worker_lost(task: Task, message: Lost) -> WorkerLost:

@@ -18,6 +18,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from msgspec import structs
+
 from .downlinks import Downlinks
 from .fates import Fates, verdict
 from .kin import News
@@ -29,12 +31,15 @@ from .ledger import (
     Peer,
     PoolAction,
     Session,
+    StartWorker,
+    StopWorker,
     Task,
 )
 from .messages import (
     Ack,
     Close,
     Define,
+    Delivery,
     Evidence,
     Lost,
     Message,
@@ -45,6 +50,7 @@ from .messages import (
     Returned,
     Run,
     SessionFailed,
+    SessionSpec,
     Submit,
 )
 from .placement import OVERDUE_S, Placement
@@ -150,9 +156,20 @@ class Scheduler:
         self._shares.divide(now)
         return session
 
-    def renew_workers(self, session: Session) -> None:
-        """Let a session's workers go after what they have: its client is another program now, whose code may be too."""
-        self._place.renew_workers(session)
+    def renew_workers(self, session: Session, spec: SessionSpec, generation: int, now: float) -> None:
+        """Let a session's workers go after what they have; others are prepared as `spec` says, which may now succeed.
+
+        `generation` is what the pool calls this preparation. Nodes below are told by `renew_node`.
+        """
+        session.opened = structs.replace(session.opened, spec=spec)
+        self._place.renew_workers(session, generation)
+        session.failed, session.failure, session.has_confessed = False, None, False
+        self._shares.divide(now)
+        self._place.fill(session)
+
+    def renew_node(self, session: Session, peer: Peer, spec: SessionSpec, now: float) -> None:
+        """Have a node prepare the session's workers anew, now or when it comes."""
+        self._downlinks.renew(session, peer, spec)
 
     def arrived(self, session: Session, seq: int) -> None:
         """Learn that the blobs a task was waiting for are here."""
@@ -273,8 +290,8 @@ class Scheduler:
         """Count what a peer holds, over all sessions."""
         return sum(len(session.lanes[peer].leases) for session in self.sessions if peer in session.lanes)
 
-    def expects(self, peer: Peer, outcome: Outcome) -> bool:
-        """Say whether an outcome would count now, so that its blobs will be wanted."""
+    def expects(self, peer: Peer, outcome: Outcome | Delivery) -> bool:
+        """Say whether an outcome would count now, so that its blobs will be wanted; or a file that the task sends."""
         lane = self._lanes.get((peer, outcome.session))
         task = lane.session.tasks.get(outcome.seq) if lane is not None else None
         return task is not None and task.run.attempt == outcome.attempt
@@ -287,9 +304,12 @@ class Scheduler:
 
     # ---- workers of the pool beneath
 
-    def worker_ready(self, worker: Peer, session: Session, now: float) -> None:
-        """Learn that a worker of the session is up, with one slot."""
+    def worker_ready(self, worker: Peer, session: Session, now: float, generation: int | None = None) -> None:
+        """Learn that a worker of the session is up, with one slot; of which generation, where there may be several."""
         if session.closing:
+            return
+        if generation is not None and generation != session.generation:  # it was on its way when the session was renewed
+            self._place.pool += [StopWorker(worker), StartWorker(session)]
             return
         session.starting = max(0, session.starting - 1)
         lane = Lane(worker, session, self.name, is_worker=True, remaining=session.opened.spec.max_tasks_per_child)
@@ -299,12 +319,17 @@ class Scheduler:
         session.free[lane] = None
         self._place.fill(session)
 
-    def start_failed(self, session: Session, evidence: Evidence, data: bytes, now: float) -> None:
-        """Learn that no worker of the session can be had here; `data` is its initializer's pickled exception, if any."""
+    def start_failed(self, session: Session, evidence: Evidence, data: bytes, now: float,
+                     generation: int | None = None) -> None:
+        """Learn that no worker of the session can be had here; `data` is the pickled exception that is why, if any."""
+        if generation is not None and generation != session.generation and not session.closing:
+            self._place.pool.append(StartWorker(session))  # what failed is not wanted any more
+            return
         session.starting = max(0, session.starting - 1)
         if session.closing or session.failed:
             return
-        self._fates.fail(session, None, SessionFailed(session.uplink_no, evidence, data))
+        failure = SessionFailed(session.uplink_no, evidence, data, session.opened.spec.generation)
+        self._fates.fail(session, None, failure)
         self._shares.divide(now)
 
     def worker_gone(self, worker: Peer, session: Session, started: int, evidence: Evidence, now: float) -> None:

@@ -182,6 +182,7 @@ class BlobStore:
                  wake: Callable[[], object] | None = None) -> None:
         self._arena_closed = arena_closed
         self._keeps_received = keeps_received
+        self.make_room: Callable[[int], object] | None = None  # called before memory is taken, without a lock held
         self._unmapped: deque[tuple[_Loan, int]] = deque()  # appended to by finalizers
         self._wakers = [wake] if wake is not None else []
         self._lock = threading.Lock()  # guards all below; never held while bytes are copied or hashed
@@ -292,6 +293,11 @@ class BlobStore:
         with self._lock:
             self._blobs[ref.digest].references += references - 1
             self._received.pop(ref.digest, None)
+
+    def references(self, ref: BlobRef) -> int:
+        """Count the references that are held to the blob."""
+        blob = self._blobs.get(ref.digest)
+        return blob.references if blob is not None else 0
 
     def has(self, ref: BlobRef) -> bool:
         """Is the blob here?"""
@@ -417,6 +423,8 @@ class BlobStore:
     def _allocate(self, size_bytes: int) -> tuple[_Arena, int]:
         """Find space to copy to; `_end_copy` must follow, then `_publish` or `_free`."""
         size = whole_pages(size_bytes)
+        if self.make_room is not None:
+            self.make_room(size)
         with self._lock:
             if self._closed:
                 raise ValueError("the blob store is closed")

@@ -10,10 +10,19 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PREFIX = "distexec-agent-"
+
+
+def make_directory(parent: str | None, prefix: str) -> tuple[str, int]:
+    """Make a private directory as `spool` does, for whoever removes it itself; it is in use while the descriptor is open.
+
+    Raises OSError if it cannot be made.
+    """
+    path, fd = _make(Path(parent or tempfile.gettempdir()), prefix)
+    return str(path), fd
 
 
 @contextmanager
@@ -23,19 +32,34 @@ def spool(parent: str | None) -> Iterator[str]:
     Raises OSError if it cannot be made.
     """
     directory = Path(parent or tempfile.gettempdir())
-    _clear(directory)
-    path, fd = _make(directory)
+    clear(directory, PREFIX)
+    path, fd = _make(directory, PREFIX)
     try:
         yield str(path)
     finally:
-        shutil.rmtree(path, ignore_errors=True)  # what cannot be removed now, the next one tries
+        remove_tree(path)  # what cannot be removed now, the next one tries
         os.close(fd)
 
 
-def _make(parent: Path) -> tuple[Path, int]:
+def remove_tree(path: str | Path) -> None:
+    """Remove a directory and all in it, as far as possible, also what was made unreadable by its owner."""
+    shutil.rmtree(path, ignore_errors=True)
+    if not os.path.isdir(path) or os.geteuid() == 0:  # root was not kept out
+        return
+    with suppress(OSError):  # gone, or another's
+        os.chmod(path, 0o700)
+    for directory, inner, _ in os.walk(path):
+        for name in inner:
+            with suppress(OSError):
+                if not os.path.islink(os.path.join(directory, name)):
+                    os.chmod(os.path.join(directory, name), 0o700)
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def _make(parent: Path, prefix: str) -> tuple[Path, int]:
     while True:
         try:
-            path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+            path = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
         except OSError as error:
             raise OSError(error.errno, f"no directory for sessions can be made in {parent}: {error.strerror}; see to it, or "
                           "name another one with --spool") from error
@@ -46,9 +70,9 @@ def _make(parent: Path) -> tuple[Path, int]:
         os.close(fd)
 
 
-def _clear(parent: Path) -> None:
-    """Remove what belongs to nobody any more."""
-    for path in parent.glob(PREFIX + "*"):
+def clear(parent: str | Path, prefix: str) -> None:
+    """Remove directories whose names begin so and that belong to nobody any more."""
+    for path in Path(parent).glob(prefix + "*"):
         try:
             fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError:
@@ -56,7 +80,7 @@ def _clear(parent: Path) -> None:
         try:
             if os.fstat(fd).st_uid == os.getuid():
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(path, ignore_errors=True)
+                remove_tree(path)
         except BlockingIOError:
             pass  # in use
         finally:

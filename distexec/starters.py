@@ -22,13 +22,18 @@ from multiprocessing.context import BaseContext
 from multiprocessing.util import Finalize
 from typing import Any, NamedTuple, Protocol, cast
 
-from distexec import payload, template, worker
+from msgspec import structs
+
+from distexec import descent, forking, payload, template, worker
+from distexec.confinement import User
 from distexec.errors import describe_exit
-from distexec.messages import BlobRef, Segment, SessionSpec
+from distexec.forking import Init
+from distexec.limits import Limits
+from distexec.messages import BlobRef, Buffers, Segment, SessionSpec
 from distexec.shipping import BlobStore
 from distexec.transport import Link, Loop
 
-CLOSING_S = template.GRACE_S + 3.0
+CLOSING_S = descent.GRACE_S + 3.0
 """For a template to end after its link was closed. Shorter: a slow machine sees it killed with work undone."""
 
 DRAIN_S = 0.005
@@ -64,6 +69,17 @@ class Starter(Protocol):
         """End what is left, then call `on_closed()`."""
 
 
+class Terms(NamedTuple):
+    """On what terms an operator lets a session's processes run here."""
+
+    user: User | None = None  # whose they are; None: ours
+    limits: Limits = Limits()
+    init: Init | None = None  # what every session here begins with
+
+
+OUR_TERMS = Terms()
+"""A client's own."""
+
 Born = Callable[[int, int], object]  # number, pid
 Died = Callable[[int, Exit], object]
 
@@ -74,10 +90,12 @@ _reaps_orphans = False
 class TemplateStarter:
     """Starts workers by a template, and a template when there is none (any more)."""
 
-    def __init__(self, loop: Loop, spec: SessionSpec, store: BlobStore, born: Born, died: Died) -> None:
+    def __init__(self, loop: Loop, spec: SessionSpec, store: BlobStore, born: Born, died: Died,
+                 terms: Terms = OUR_TERMS) -> None:
         self._loop, self._spec, self._store, self._born, self._died = loop, spec, store, born, died
+        self._terms = terms
         self._pids: dict[int, int] = {}  # of living workers, by number; 0 until known
-        self._template: _Template | None = None
+        self._template: TemplateProcess | None = None
         self._on_closed: Callable[[], object] | None = None
 
     @property
@@ -85,21 +103,26 @@ class TemplateStarter:
         """The template's process, 0 if there is none."""
         return self._template.pid if self._template else 0
 
+    def relocate(self, spec: SessionSpec) -> None:
+        """Start templates so from now on."""
+        self._spec = spec
+
     def start(self, number: int, link: socket.socket, page_fd: int, outputs: tuple[int, int] | None) -> None:
         """Ask the template to fork a worker, after starting a template if need be."""
         if self._template is None:
             try:
-                self._template = _Template(self._loop, self._spec, self._store, self._on_report, self._on_gone)
+                self._template = TemplateProcess(
+                    self._loop, self._spec, self._store, self._terms, self._on_report, self._on_gone)
             except OSError as error:
                 self._died(number, Exit(reason=f"no process for the session could be started: {error}"))
                 return
-        self._template.tell(template.Fork(number, outputs is not None), [link.fileno(), page_fd, *(outputs or ())])
+        self._template.tell(forking.Fork(number, outputs is not None), [link.fileno(), page_fd, *(outputs or ())])
         self._pids[number] = 0
 
     def end(self, number: int) -> None:
         """Have the template kill the worker and its descendants."""
         if self._template is not None and number in self._pids:
-            self._template.tell(template.End(number))
+            self._template.tell(forking.End(number))
 
     def close(self, on_closed: Callable[[], object]) -> None:
         """Let the template go; it kills what is left."""
@@ -109,8 +132,8 @@ class TemplateStarter:
         else:
             self._template.close()
 
-    def _on_report(self, report: template.Forked | template.Exited) -> None:
-        if isinstance(report, template.Forked):
+    def _on_report(self, report: forking.Forked | forking.Exited) -> None:
+        if isinstance(report, forking.Forked):
             self._pids[report.number] = report.pid
             self._born(report.number, report.pid)
         elif self._pids.pop(report.number, None) is not None:
@@ -123,7 +146,7 @@ class TemplateStarter:
         how = describe_exit(exitcode if exitcode is None or exitcode >= 0 else None, max(0, -(exitcode or 0)))
         for number, pid in left.items():
             if pid:
-                template.end_tree(pid)
+                descent.end_tree(pid)
             reason = f"the process that it was forked from {how}, and it was killed too"
             self._died(number, Exit(reason=reason, is_bystander=True))
         if _reaps_orphans:
@@ -133,29 +156,34 @@ class TemplateStarter:
 
 
     def _end_orphans(self) -> None:
-        if template.end_orphans(_templates):
+        if descent.end_orphans(_templates):
             self._loop.call_later(ORPHANS_S, self._end_orphans)
 
 
 def reap_orphans() -> None:
     """Say that this program starts nothing but templates, so that what a killed one leaves behind can be told and ended."""
     global _reaps_orphans
-    template.become_reaper()
+    descent.become_reaper()
     _reaps_orphans = True
 
 
-class _Template:
+class TemplateProcess:
     """One template process, from its start to its end."""
 
-    def __init__(self, loop: Loop, spec: SessionSpec, store: BlobStore, on_report: Callable[[Any], object],
-                 on_gone: Callable[[int | None], object]) -> None:
+    def __init__(self, loop: Loop, spec: SessionSpec, store: BlobStore, terms: Terms, on_report: Callable[[Any], object],
+                 on_gone: Callable[[int | None], object], buffers: Buffers | None = None) -> None:
         self._loop, self._on_report, self._on_gone = loop, on_report, on_gone
         self._has_ended = self._is_closed = False
         ours, theirs = socket.socketpair()
         try:
+            environ = environment(spec)
+            start_as: dict[str, Any] = {}
+            if terms.user is not None:
+                environ = terms.user.environ(environ, spec.env)
+                start_as = {**terms.user.start_as, "cwd": spec.home or "/"}
             self._process = subprocess.Popen(
-                template.command(theirs.fileno(), spec), env=environment(spec), stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()], start_new_session=True)
+                template.command(theirs.fileno(), spec), env=environ, stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()], start_new_session=True, **start_as)
         except OSError:
             ours.close()
             raise
@@ -165,11 +193,11 @@ class _Template:
         _templates.add(self.pid)
         self._exit_fd = watch_exit(loop, self.pid, self._on_exit)
         self._link = loop.adopt(ours, template.FromTemplate, self._on_messages, self._on_closed, fds=True)
-        for ref in spec.initializer_buffers:
+        for ref in spec.initializer_buffers if buffers is None else buffers:
             if isinstance(ref, BlobRef):
                 fd, offset, _, arena = store.segment(ref)
                 self.tell(Segment(ref, arena, offset), [fd])
-        self.tell(template.Prepare(spec))
+        self.tell(forking.Prepare(spec, terms.limits, terms.init))
 
     def tell(self, message: template.ToTemplate, fds: Sequence[int] = ()) -> None:
         self._link.queue([cast("Any", message)], fds)
@@ -182,7 +210,7 @@ class _Template:
 
     def _force(self) -> None:
         if not self._has_ended:
-            template.end_tree(self.pid)
+            descent.end_tree(self.pid)
 
     def _on_messages(self, _link: Link, messages: list[Any]) -> None:
         for message in messages:
@@ -227,8 +255,8 @@ class ContextStarter:
         self._loop, self._store, self._context, self._initializer = loop, store, context, initializer
         self._born, self._died = born, died
         self._environ = environment(spec) if spec.environ else {}
-        self._label = spec.label
-        self._guardian: _Template | None = None
+        self._place = spec.label, spec.home, spec.node, spec.log_levels
+        self._guardian: TemplateProcess | None = None
         self._processes: dict[int, Any] = {}
         self._exit_fds: dict[int, int] = {}
         self._on_closed: Callable[[], object] | None = None
@@ -236,8 +264,9 @@ class ContextStarter:
     def start(self, number: int, link: socket.socket, page_fd: int, outputs: tuple[int, int] | None) -> None:
         """Start the process; whatever pickling its arguments raises is reported as its death."""
         if self._guardian is None:
-            self._guardian = _Template(
-                self._loop, SessionSpec(environ=self._environ), self._store, _nothing_to_report, self._on_guardian_gone)
+            self._guardian = TemplateProcess(
+                self._loop, SessionSpec(environ=self._environ, home=self._place[1]), self._store, OUR_TERMS,
+                _nothing_to_report, self._on_guardian_gone)
         ours, theirs = socket.socketpair()
         _lifelines.add(ours)
         try:
@@ -253,7 +282,7 @@ class ContextStarter:
 
     def _start(self, number: int, arguments: tuple[Any, ...]) -> None:
         process = self._context.Process(  # type: ignore[attr-defined]
-            target=run_in_context, args=(*arguments, self._environ, self._initializer, self._label),
+            target=run_in_context, args=(*arguments, self._environ, self._initializer, *self._place),
             name=f"distexec-worker-{number}")
         process.start()
         self._processes[number] = process
@@ -267,7 +296,7 @@ class ContextStarter:
     def end(self, number: int) -> None:
         """Kill the worker and its descendants."""
         if number in self._processes:
-            template.end_tree(self._processes[number].pid)
+            descent.end_tree(self._processes[number].pid)
 
     def close(self, on_closed: Callable[[], object]) -> None:
         """Kill what is left, and let the guardian go."""
@@ -348,7 +377,7 @@ class Descriptor:
 
 
 def run_in_context(link: socket.socket, lifeline: socket.socket, fds: list[Descriptor], environ: dict[str, str],
-                   initializer: Call | None, label: str) -> None:
+                   initializer: Call | None, label: str, home: str, node: str, log_levels: dict[str, int]) -> None:
     """Be a worker in a process that multiprocessing started; SystemExit if its initializer raised."""
     die_with_guardian(lifeline)
     os.environ.update(environ)
@@ -362,12 +391,13 @@ def run_in_context(link: socket.socket, lifeline: socket.socket, fds: list[Descr
             function(*args)
 
     # Last of all: what tasks leave running has nobody who guards it, and multiprocessing first waits for its own.
-    Finalize(None, template.end_offspring, exitpriority=-100)
+    Finalize(None, descent.end_offspring, exitpriority=-100)
     try:
         status = worker.serve(link.detach(), page_fd, initializer=initialize,
-                              outputs=(outputs[0], outputs[1]) if outputs else None, label=label)
+                              outputs=(outputs[0], outputs[1]) if outputs else None, label=label, home=home,
+                              node=node, log_levels=log_levels)
     except KeyboardInterrupt:
-        template.end_offspring()
+        descent.end_offspring()
         os._exit(130)  # Ctrl-C between tasks: the client got it too and decides what happens
     if status:
         sys.exit(status)
@@ -408,16 +438,17 @@ def drain(link: Link) -> None:
         link.finish("its process ended")
 
 
-def local_spec(spec: SessionSpec, spare: str) -> SessionSpec:
+def local_spec(spec: SessionSpec, spare: str, home: str, *, may_share: bool = True) -> SessionSpec:
     """Make a client's description of itself fit this machine: its own environment, and the paths that exist here too.
 
-    Where the client's working directory does not exist, `spare` takes its place.
+    Where the client's working directory does not exist, or not `may_share`, `spare` takes its place. `home` is the session's
+    directory here.
     """
     environ = {**os.environ, **spec.env}
     environ.pop("DISTEXEC_SECRET", None)
-    directory = spec.directory if os.path.isdir(spec.directory) else spare
+    directory = spec.directory if may_share and os.path.isdir(spec.directory) else spare
     extra = [entry or directory for entry in spec.path]
-    path = [entry for entry in extra if entry and entry not in sys.path and os.path.exists(entry)]
-    path += [entry for entry in sys.path if entry]
-    return SessionSpec(tuple(path), directory, spec.argv, environ, spec.warnings, spec.authkey, spec.initializer,
-                       spec.initializer_buffers, spec.max_tasks_per_child, spec.echo, spec.name, spec.env, spec.label)
+    own = sys.path if sys.flags.safe_path else sys.path[1:]  # not where our program lies, or we were started
+    path = [entry for entry in extra if entry and entry not in own and os.path.exists(entry)]
+    path += [entry for entry in own if entry]
+    return structs.replace(spec, path=tuple(path), directory=directory, environ=environ, home=home)

@@ -12,26 +12,41 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .echo import Echo
 from .errors import InitializerFailed, WorkerLost
-from .messages import Evidence, OutcomeKind, Output, SessionFailed, SessionSpec, Stream
+from .logbook import Logbook
+from .messages import (
+    Cleaned,
+    Delivery,
+    Evidence,
+    OutcomeKind,
+    Output,
+    Partial,
+    Record,
+    SessionFailed,
+    SessionSpec,
+    Stream,
+)
 from .nodes import Node, NodeState
+from .printout import LOCAL as LOCAL
+from .printout import Printout
 from .report import NodeStatus
 
 if TYPE_CHECKING:
+    from .clientfiles import ClientFiles
+    from .clientmodules import ClientModules
     from .dispatcher import Dispatcher
     from .handshake import Credentials
     from .ledger import Session
     from .payload import CallPacker
     from .pool import Pool, Worker
+    from .renewal import Renewals
     from .scheduler import Scheduler
     from .shipping import BlobStore
     from .transport import Loop
-
-LOCAL = "local"
-"""The name of the node that is this machine's own workers."""
+    from .values import Values
 
 STARVED_S = 5.0
 """How long work may wait without a slot anywhere before the user is told why."""
@@ -58,7 +73,11 @@ class Work(Protocol):
     store: BlobStore
     packer: CallPacker
     spec: SessionSpec
+    files: ClientFiles
+    modules: ClientModules
+    renewals: Renewals
     done: dict[str, int]
+    values: Values
 
     @property
     def is_open(self) -> bool:
@@ -85,7 +104,8 @@ class Supply:
         self.nodes: list[Node] = []
         self.credentials: Credentials | None = None
         self.changed = threading.Condition()  # notified when nodes or slots may have changed
-        self._echoes = {Stream.STDOUT: Echo("stdout"), Stream.STDERR: Echo("stderr")}
+        self.output = Printout(root)
+        self.logs = Logbook()
         self._node_timeout_s, self._nodes_timeout_s = node_timeout_s, nodes_timeout_s
         self._starved_since: float | None = None
         self._next_warning_at = 0.0
@@ -98,16 +118,16 @@ class Supply:
     def close(self, timeout_s: float) -> None:
         """End the pool, by force after `timeout_s`, and leave the nodes. Not on the I/O thread."""
         if self.pool is not None:
-            self.pool.close(timeout_s)
+            self.pool.close(timeout_s, self._root.renewals.cleanups.left_s)
         for node in self.nodes:
             self._root.loop.call_soon(node.leave, "the executor was shut down")
-        for echo in self._echoes.values():
-            echo.close()
+        self.output.close()
+        self.logs.close()
 
     def drop_output(self) -> None:
         """Wait no more for who reads what the tasks printed."""
-        for echo in self._echoes.values():
-            echo.give_up()
+        self.output.give_up()
+        self.logs.give_up()
 
     def cut(self) -> None:
         """Close every link without a word, so that nodes keep what they have for who comes back; dial no more."""
@@ -133,7 +153,8 @@ class Supply:
             _, cause = self._root.packer.unpack_outcome(OutcomeKind.ERROR, failure.data, ())
         where = failure.evidence.node or LOCAL
         if cause is not None:
-            _futures_log.critical("Exception in initializer on node %r:", where,
+            what = "initializer" if "initializer" in failure.evidence.reason else "setup"
+            _futures_log.critical("Exception in %s on node %r:", what, where,
                                   exc_info=(type(cause), cause, cause.__traceback__))
         else:
             _log.error("node %r cannot run this session: %s", where, failure.evidence.reason)
@@ -143,8 +164,8 @@ class Supply:
             return
         error: BaseException
         if cause is not None:
-            error = InitializerFailed(f"the initializer raised {type(cause).__name__}: {cause} on node {where!r}, and no "
-                                      "other node passed it; the executor cannot be used any more")
+            error = InitializerFailed(f"{failure.evidence.reason} on node {where!r}, and no other node passed it; the "
+                                      "executor cannot be used any more")
             error.__cause__ = cause
         else:
             error = lost_error(failure.evidence, f"no worker could be started: {failure.evidence.reason}", 0)
@@ -167,6 +188,7 @@ class Supply:
             self._root.dispatcher.call(lambda now: self._root.scheduler.limit_node(node, slots, now))
         if may_hold:
             node.expect()
+        self._root.renewals.joining(node)
         node.start()
         return node
 
@@ -197,19 +219,38 @@ class Supply:
     def node_changed(self, node: Node) -> None:
         """Look whether all hope is gone, and wake those who wait for slots."""
         self.notify()
+        self._root.renewals.cleanups.node_changed(node)
         if node.state is NodeState.REFUSED and node.error is not None and not self._has_hope() and self._root.is_open:
             self._root.break_with(node.error)
 
+    @property
+    def files(self) -> ClientFiles:
+        """The client's files, for nodes."""
+        return self._root.files
+
+    @property
+    def modules(self) -> ClientModules:
+        """The user's own modules, for nodes."""
+        return self._root.modules
+
+    def node_cleaned(self, node: Node, cleaned: Cleaned) -> None:
+        """Learn how a node has cleaned up what setup made there."""
+        self._root.renewals.cleanups.heard(node, cleaned)
+
     def node_wrote(self, node: Node, output: Output) -> None:
-        """Print what a task printed on a node."""
-        if self._root.spec.echo:
-            self._echoes[output.stream].write(output.data)
+        """Keep and show what a task printed on a node."""
+        self.output.take(node.name, output.seq, output.stream, output.data, output.attempt, output.offset)
+
+    def node_logged(self, node: Node, record: Record) -> None:
+        """Have the record of a task on a node handled."""
+        self.logs.take(node.name, record)
 
     def _check(self) -> None:
         """Tell the user when work waits and no slot is anywhere; give up when `nodes_timeout` says so."""
         if self._root.is_idle:
             return
         self._root.loop.call_later(CHECK_S, self._check)
+        self._root.values.keep_house()
         now = time.monotonic()
         self._tell_missing(now)
         with self._root.dispatcher.lock:
@@ -235,6 +276,11 @@ class Supply:
             self._next_warning_at = now + STARVED_AGAIN_S
             _log.warning("work is queued but no node offers a slot, still waiting (nodes_timeout= sets a limit): %s",
                          self.describe_missing())
+
+    @property
+    def values(self) -> Values:
+        """The large values of the executor."""
+        return self._root.values
 
     def _tell_missing(self, now: float) -> None:
         """Say once of each node that takes no part, while others do, why: at once if it refuses, else when it is late."""
@@ -267,7 +313,8 @@ class Supply:
     def worker_ready(self, worker: Worker) -> None:
         """Give the new worker work."""
         worker.session = self._root.session
-        self._root.dispatcher.call(self._root.scheduler.worker_ready, worker, self._root.session)
+        ready = partial(self._root.scheduler.worker_ready, generation=worker.generation.number)
+        self._root.dispatcher.call(ready, worker, self._root.session)
         self.notify()
 
     def worker_said(self, worker: Worker, messages: list[Any]) -> None:
@@ -275,17 +322,39 @@ class Supply:
         self._root.dispatcher.receive(worker, messages)
 
     def worker_wrote(self, worker: Worker, seq: int, stream: Stream, data: bytes) -> None:
-        """Print the stacks of a crash; else local workers print for themselves."""
-        self._echoes[stream].write(data)
+        """Take what a task printed, or, where local workers print for themselves, the stacks of a crash."""
+        self.output.take(LOCAL, seq, stream, data)
+
+    def worker_logged(self, worker: Worker, record: Record) -> None:
+        """Have a task's log record handled."""
+        self.logs.take(LOCAL, record)
+
+    def worker_published(self, worker: Worker, partial: Partial) -> None:
+        """Hear a partial result."""
+        self._root.values.worker_published(worker, partial)
+
+    def worker_sends(self, worker: Worker, delivery: Delivery, fd: int, reply_fd: int) -> None:
+        """Take a file of a task's."""
+        self._root.files.downloads.take_local(worker, delivery, fd, reply_fd)
 
     def worker_gone(self, worker: Worker, evidence: Evidence) -> None:
         """Learn that a worker died."""
         root = self._root
+        root.files.worker_gone(worker)
         root.dispatcher.call(root.scheduler.worker_gone, worker, root.session, worker.page.started, evidence)
 
-    def start_failed(self, evidence: Evidence, data: bytes) -> None:
+    def start_failed(self, evidence: Evidence, data: bytes, generation: int) -> None:
         """Learn that a worker never came up."""
-        self._root.dispatcher.call(self._root.scheduler.start_failed, self._root.session, evidence, data)
+        failed = partial(self._root.scheduler.start_failed, generation=generation)
+        self._root.dispatcher.call(failed, self._root.session, evidence, data)
+
+    def state_wrote(self, stream: Stream, data: bytes) -> None:
+        """Print what setup or cleanup printed, where it does not print for itself."""
+        self.output.take(LOCAL, 0, stream, data)
+
+    def state_cleaned(self, cleaned: Cleaned) -> None:
+        """Learn how our own pool has cleaned up."""
+        self._root.renewals.cleanups.heard(None, cleaned)
 
     def arena_closed(self, number: int) -> None:
         """Let workers forget shared memory that holds nothing any more."""

@@ -2,7 +2,8 @@
 
     puller: Fetch ──►          sender: Chunk Chunk Chunk ──►          puller: Credit ──► … Credit(full size) ──►
 
-The rule: control messages come first, and no receiver is sent more than it has room for.
+The rule: control messages come first, and no receiver is sent more than it has room for. A blob is bytes in the store, or a
+file: `filetransfers` knows the difference.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol, cast
 
+from distexec.filetransfers import FileReceiving, FileSending, FileTraffic
 from distexec.messages import BlobRef, Buffers, Chunk, Credit, Fetch, Message, Missing
 from distexec.protocol import PlaceChunk
 from distexec.shipping import BlobStore, BlobWriter
+from distexec.trees import FileWriter
 
 __all__ = ["ChunkLink", "Transfers", "fetch"]
 
@@ -53,11 +56,22 @@ class ChunkLink(Protocol):
 class _Sending:
     """A blob on its way out: `sent` bytes queued, of which the receiver may have up to `allowed`."""
 
-    __slots__ = ("allowed", "ref", "sent", "view")
+    __slots__ = ("_store", "_view", "allowed", "ref", "sent")
 
-    def __init__(self, ref: BlobRef, view: memoryview) -> None:
+    def __init__(self, ref: BlobRef, store: BlobStore) -> None:
         # Not copied: the reference is held until the receiver has credited the last byte, so the view stays good.
-        self.ref, self.view, self.sent, self.allowed = ref, view, 0, WINDOW_BYTES
+        self.ref, self.sent, self.allowed = ref, 0, WINDOW_BYTES
+        self._store, self._view = store, store.view(ref)
+
+    def next_chunk(self) -> Chunk:
+        """Give what is to be sent next."""
+        start = self.sent
+        self.sent = min(start + CHUNK_BYTES, self.allowed, self.ref.size_bytes)
+        return Chunk(self.ref.digest, start, cast("bytes", self._view[start:self.sent]))
+
+    def end(self) -> None:
+        """Let go of it."""
+        self._store.release(self.ref)
 
 
 class _Receiving:
@@ -77,20 +91,24 @@ class Transfers:
     has little unsent, so that control messages pass. `call_later(seconds, function)` is the loop's, used only when a
     backlog stops everything. Credit for the full size ends a transfer: its receiver has it, or wants no more of it.
 
+    `files` has the blobs that are files here, and does what waits for a disk; None: there are none, and none can come.
+
     Not thread-safe: everything is called on the link's I/O thread.
     """
 
-    def __init__(self, link: ChunkLink, store: BlobStore,
-                 call_later: Callable[[float, Callable[[], None]], object]) -> None:
-        self._link, self._store, self._call_later = link, store, call_later
-        self._sending: dict[bytes, _Sending] = {}
-        self._turns: deque[_Sending] = deque()  # those that may send more
+    def __init__(self, link: ChunkLink, store: BlobStore, call_later: Callable[[float, Callable[[], None]], object],
+                 files: FileTraffic | None = None) -> None:
+        self._link, self._store, self._call_later, self._files = link, store, call_later, files
+        self._sending: dict[bytes, _Sending | FileSending] = {}
+        self._turns: deque[_Sending | FileSending] = deque()  # those that may send more
         self._receiving: dict[bytes, _Receiving] = {}
+        self._files_in: dict[bytes, FileReceiving] = {}
+        self._postponed: dict[bytes, list[Callable[[], object]]] = {}  # what waits for the same bytes to come in otherwise
         self._retrying = False
         link.place_chunks(self._place)
 
     def __repr__(self) -> str:
-        return f"<Transfers: {len(self._sending)} out, {len(self._receiving)} in>"
+        return f"<Transfers: {len(self._sending)} out, {len(self._receiving) + len(self._files_in)} in>"
 
     def pull(self, ref: BlobRef, on_done: Callable[[BlobRef], object],
              on_failed: Callable[[BlobRef, str], object]) -> None:
@@ -100,6 +118,9 @@ class Transfers:
         """
         if self._store.retain_if_here(ref):
             on_done(ref)
+            return
+        if ref.digest in self._files_in:
+            self._postponed.setdefault(ref.digest, []).append(lambda: self.pull(ref, on_done, on_failed))
             return
         receiving = self._receiving.get(ref.digest)
         if receiving is None:
@@ -112,6 +133,18 @@ class Transfers:
             self._link.send([Fetch(ref)])
         receiving.waiting.append((on_done, on_failed))
 
+    def pull_file(self, ref: BlobRef, make_writer: Callable[[], FileWriter], on_done: Callable[[BlobRef], object],
+                  on_failed: Callable[[BlobRef, str], object]) -> None:
+        """Fetch a blob from the other end into a file; one of the two callbacks follows, later.
+
+        `make_writer` is called on the disk thread.
+        """
+        assert self._files is not None, "only vertices with a disk thread fetch files"
+        if ref.digest in self._files_in or ref.digest in self._receiving:
+            self._postponed.setdefault(ref.digest, []).append(lambda: self.pull_file(ref, make_writer, on_done, on_failed))
+            return
+        self._files_in[ref.digest] = FileReceiving(ref, self._files, make_writer, self, on_done, on_failed)
+
     def handle(self, message: Message) -> bool:
         """Act on a message that concerns transfers; False if it does not."""
         match message:
@@ -122,7 +155,7 @@ class Transfers:
             case Fetch():
                 self._on_fetch(message)
             case Missing():
-                self._fail(message.digest, "the other end does not have the blob (any more)")
+                self._fail(message.digest, message.reason or "the other end does not have the blob (any more)")
             case _:
                 return False
         return True
@@ -131,8 +164,9 @@ class Transfers:
         """End everything under way: what was being sent is released, what was awaited fails."""
         for sending in list(self._sending.values()):
             self._end_sending(sending)
-        for digest in list(self._receiving):
-            self._fail(digest, reason)
+        while self._receiving or self._files_in:
+            for digest in [*self._receiving, *self._files_in]:
+                self._fail(digest, reason)
 
     # ---- the sending side
 
@@ -140,12 +174,24 @@ class Transfers:
         ref = message.blob
         if ref.digest in self._sending:
             self._end_sending(self._sending[ref.digest])
-        if not self._store.retain_if_here(ref):
+        if self._store.retain_if_here(ref):
+            self._turns.append(_Sending(ref, self._store))
+            self._sending[ref.digest] = self._turns[-1]
+            self._pump()
+        elif self._files is not None and self._files.has(ref):
+            self._sending[ref.digest] = FileSending(ref, self._files, WINDOW_BYTES, CHUNK_BYTES, self._on_ready,
+                                                    self._on_unreadable)
+        else:
             self._link.send([Missing(ref.digest)])
-            return
-        sending = self._sending[ref.digest] = _Sending(ref, self._store.view(ref))
-        self._turns.append(sending)
+
+    def _on_ready(self, sending: FileSending) -> None:
+        if sending not in self._turns and (sending.sent < sending.allowed or not sending.ref.size_bytes):
+            self._turns.append(sending)
         self._pump()
+
+    def _on_unreadable(self, sending: FileSending, reason: str) -> None:
+        self._end_sending(sending)
+        self._link.send([Missing(sending.ref.digest, reason)])
 
     def _on_credit(self, message: Credit) -> None:
         sending = self._sending.get(message.digest)
@@ -159,16 +205,19 @@ class Transfers:
                 self._turns.append(sending)
         self._pump()
 
-    def _end_sending(self, sending: _Sending) -> None:
+    def _end_sending(self, sending: _Sending | FileSending) -> None:
         del self._sending[sending.ref.digest]
         if sending in self._turns:
             self._turns.remove(sending)
-        self._store.release(sending.ref)
+        sending.end()
 
     def _pump(self) -> None:
         while self._turns and self._link.pending_bytes < BACKLOG_BYTES:
             sending = self._turns.popleft()
-            self._link.send([self._next_chunk(sending)])
+            chunk = sending.next_chunk()
+            if chunk is None:
+                continue  # it comes back when it has read more
+            self._link.send([chunk])
             if sending.sent < min(sending.allowed, sending.ref.size_bytes):
                 self._turns.append(sending)
         if self._turns and not self._retrying:
@@ -179,21 +228,20 @@ class Transfers:
         self._retrying = False
         self._pump()
 
-    def _next_chunk(self, sending: _Sending) -> Chunk:
-        start = sending.sent
-        sending.sent = min(start + CHUNK_BYTES, sending.allowed, sending.ref.size_bytes)
-        return Chunk(sending.ref.digest, start, cast("bytes", sending.view[start:sending.sent]))
-
     # ---- the receiving side
 
     def _place(self, digest: bytes, offset: int, size_bytes: int) -> memoryview | None:
         receiving = self._receiving.get(digest)
-        return None if receiving is None else receiving.writer.space(offset, size_bytes)
+        if receiving is not None:
+            return receiving.writer.space(offset, size_bytes)
+        file = self._files_in.get(digest)
+        return None if file is None else file.space(offset, size_bytes)
 
     def _on_chunk(self, message: Chunk) -> None:
         receiving = self._receiving.get(message.digest)
         if receiving is None:
-            return  # it failed here and the sender was told; these were under way
+            self._on_file_chunk(message)
+            return
         writer = receiving.writer
         try:
             writer.write(message.offset, message.data)
@@ -216,15 +264,57 @@ class Transfers:
             self._store.retain(ref)
         for on_done, _ in receiving.waiting:
             on_done(ref)
+        self._go_on(ref.digest)
 
     def _fail(self, digest: bytes, reason: str) -> None:
-        receiving = self._receiving.pop(digest, None)
-        if receiving is None:
+        receiving, file = self._receiving.pop(digest, None), self._files_in.pop(digest, None)
+        if receiving is None and file is None:
             return  # it arrived or failed before
         self._link.displace_chunk(digest)
-        receiving.writer.abandon()
-        for _, on_failed in receiving.waiting:
-            on_failed(receiving.writer.ref, reason)
+        if file is not None:
+            file.end()
+            file.on_failed(file.ref, reason)
+        if receiving is not None:
+            receiving.writer.abandon()
+            for _, on_failed in receiving.waiting:
+                on_failed(receiving.writer.ref, reason)
+        self._go_on(digest)
+
+    def _go_on(self, digest: bytes) -> None:
+        """Fetch again what came in as something else than was wanted."""
+        for fetch_again in self._postponed.pop(digest, ()):
+            fetch_again()
+
+    # ---- files coming in
+
+    def _on_file_chunk(self, message: Chunk) -> None:
+        file = self._files_in.get(message.digest)
+        if file is None:
+            return  # it failed here and the sender was told; these were under way
+        file.take(message.offset, message.data)
+        if file.unwritten_bytes > 2 * WINDOW_BYTES:
+            self.file_ended(file, "the other end sends more than it was allowed to")
+
+    def file_opened(self, file: FileReceiving) -> None:
+        """There is a place for a file: have it sent."""
+        self._link.send([Fetch(file.ref)])
+
+    def file_written(self, file: FileReceiving) -> None:
+        """Let the sender go on."""
+        if file.written_bytes - file.credited >= CREDIT_BYTES:
+            file.credited = file.written_bytes
+            self._link.send([Credit(file.ref.digest, file.written_bytes)])
+
+    def file_ended(self, file: FileReceiving, reason: str) -> None:
+        """A file is here whole, or is not to come any more."""
+        ref = file.ref
+        self._link.send([Credit(ref.digest, ref.size_bytes)])
+        if reason:
+            self._fail(ref.digest, reason)
+        else:
+            del self._files_in[ref.digest]
+            file.on_done(ref)
+            self._go_on(ref.digest)
 
 
 def fetch(transfers: Transfers, store: BlobStore, buffers: Buffers, on_done: Callable[[], object],

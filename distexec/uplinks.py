@@ -192,4 +192,5 @@ class Uplinks:
 
 def _may_be_absent(session: Session, run: Run) -> bool:
     definition = session.code.get(run.fn)
-    return bool(run.buffers) or definition is None or bool(definition.buffers)
+    has_files = run.options is not None and bool(run.options.files)
+    return bool(run.buffers) or has_files or definition is None or bool(definition.buffers)

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 from distexec import payload
 from distexec.lastwords import WORDS_BYTES, LastWords
+from distexec.logrecords import forward
 from distexec.memory import Mappings, map_segment
 from distexec.messages import (
     MAX_INLINE_BYTES,
@@ -31,6 +32,7 @@ from distexec.messages import (
     Evidence,
     Forget,
     Free,
+    Keep,
     Outcome,
     OutcomeKind,
     Ready,
@@ -40,6 +42,7 @@ from distexec.messages import (
     SessionFailed,
     ToWorker,
     Undefine,
+    Unshare,
 )
 from distexec.outbox import QUICK_NS, BlockingLink, Outbox, RunTimes, flush_streams
 from distexec.resultfiles import ResultFiles
@@ -62,8 +65,9 @@ _VALUE, _ERROR, _PAYLOAD = OutcomeKind.VALUE, OutcomeKind.ERROR, OutcomeKind.PAY
 class WorkerPage:
     """The page of memory through which a worker and its pool agree, without a message, which task runs.
 
-    The k-th Run sent on a link has order k, from 1. Four aligned 8-byte cells: `started` and `started_at` (monotonic
-    ns), which the worker writes, `revoked_from` and `revoked_to`, which the pool writes, `_to` first.
+    The k-th Run sent on a link has order k, from 1. Aligned 8-byte cells: `started` and `started_at` (monotonic ns), which
+    the worker writes, `revoked_from` and `revoked_to`, which the pool writes, `_to` first. (And, for tasks that ask: the
+    order that is to end though it runs, and how much of what was published has been heard; the pool writes both.)
 
     Worker, per task: store `started`, then load `revoked`; if the order is revoked it is not run. Pool: store
     `revoked`, then, 10 ms later, load `started`. Each side stores before it loads, and 10 ms outlast any store buffer,
@@ -107,6 +111,24 @@ class WorkerPage:
             cells[3] = last
         cells[2] = first  # a wider range with the same end: at no moment is less revoked than before
 
+    def doom(self, order: int) -> None:
+        """Pool: the task of this order is to end, running or not."""
+        self._cells[4] = order
+
+    @property
+    def is_doomed(self) -> bool:
+        """Worker: whether the task that runs is to end."""
+        return self._cells[4] == self._cells[0]
+
+    def hear(self, size_bytes: int) -> None:
+        """Pool: so much more of what its tasks have published is with their client, or not wanted."""
+        self._cells[5] += size_bytes
+
+    @property
+    def heard_bytes(self) -> int:
+        """Worker: how much that was so far."""
+        return self._cells[5]
+
     def close(self) -> None:
         """Unmap it; using it afterwards raises ValueError."""
         self.words.close()
@@ -120,12 +142,23 @@ class WorkerPage:
 class _Function:
     """A function as defined, unpickled when first run, and how long it runs."""
 
-    __slots__ = ("buffers", "data", "run_times", "value")
+    __slots__ = ("buffers", "data", "mappings", "refs", "run_times", "value")
 
-    def __init__(self, data: bytes, buffers: list[Any]) -> None:
+    def __init__(self, data: bytes, buffers: list[Any], mappings: Mappings, refs: tuple[BlobRef, ...]) -> None:
         self.data, self.buffers = data, buffers
+        self.mappings, self.refs = mappings, refs  # of the blobs that it is made of
         self.value: Callable[..., object] | None = None
         self.run_times = RunTimes()
+
+
+class Keeper(Protocol):
+    """What keeps the shared values that were loaded."""
+
+    def get(self, name: bytes, references: Sequence[tuple[bytes, int]], parts: Sequence[Any]) -> Any:
+        """Give one of them, new or known."""
+
+    def forget(self, names: Sequence[bytes]) -> object:
+        """Let go of some."""
 
 
 class Nest(Protocol):
@@ -139,12 +172,16 @@ class Worker:
     """Runs the tasks of one link until its pool says Bye or goes."""
 
     def __init__(self, link: BlockingLink, page: WorkerPage, unpacker: payload.CallUnpacker,
-                 output_fds: tuple[int, ...], label: str = "") -> None:
+                 output_fds: tuple[int, ...], label: str = "", home: str = "", node: str = "") -> None:
         self.unpacker = self._unpacker = unpacker
         self.link = self._link = link
-        self._page = page
-        self.label = label
+        self.page = self._page = page
+        self.label, self.home, self.node = label, home, node
+        self.directory = ""  # of the task that runs, once it was asked for
+        self.at_end: list[Callable[[], object]] = []  # what the task that runs leaves to be done at its end
         self.nest: Nest | None = None  # for nested calls, once the session's executor was unpickled here
+        self.keeper: Keeper | None = None  # once a shared value was loaded
+        self.mappings = Mappings()  # of what is being loaded, or was last
         self.current: Run | None = None  # the task that runs
         self.backlog: deque[Any] = deque()  # what a nest received meanwhile that is not its own
         self._pid = os.getpid()
@@ -161,14 +198,18 @@ class Worker:
         self.outbox = Outbox(link)
         self._acts: dict[type, Callable[[Any], None]] = {
             Run: self._on_run, Define: self._on_define, Undefine: self._on_undefine, Segment: self._on_segment,
-            Forget: self._on_forget, Free: self._results.take_back, Bye: self._on_bye,
+            Forget: self._on_forget, Free: self._results.take_back, Bye: self._on_bye, Unshare: self._on_unshare,
         }
 
     def run(self) -> None:
         """Receive and act until Bye (returns) or until the pool goes (EOFError, OSError)."""
         receive, acts, outbox = self._link.receive, self._acts, self.outbox
+        is_lone = False
         while not self._is_leaving:
+            if is_lone:
+                self._link.look_ahead()
             messages = receive()
+            is_lone = len(messages) == 1
             outbox.flushed_ns = monotonic_ns()
             for message in messages:
                 acts[type(message)](message)
@@ -196,6 +237,8 @@ class Worker:
 
         if not self._output_fds and faulthandler.is_enabled():
             faulthandler.enable(file=2)  # it tells its own crashes, to whom its parent's output goes
+        self.at_end.clear()
+        self.current = None
         self._link.close()
         self._page.close()
         while self._arenas:
@@ -226,7 +269,9 @@ class Worker:
         if self._skipped:
             self._hand_back()
         self.current = run
-        if run.buffers:
+        if options is not None and options.files and not self._enter_directory(run):
+            ended_ns = monotonic_ns()
+        elif run.buffers:
             ended_ns = self._call_with_buffers(run, function)
         else:
             ended_ns = self._call(run, function, run.data)
@@ -261,6 +306,8 @@ class Worker:
             ended_ns = ended_ns or monotonic_ns()
             data = unpacker.pack_error(error, error.__traceback__ and error.__traceback__.tb_next)
         args = kwargs = value = None  # destructors run here, as part of the task
+        if self.at_end:
+            self.end_task()
         run_ns = ended_ns - began_ns if began_ns else 0
         ends = self._moved_ends() if self._output_fds else None
         if mappings is None and not large and len(data) <= SMALL_BYTES:
@@ -276,7 +323,7 @@ class Worker:
         return ended_ns
 
     def _call_with_buffers(self, run: Run, function: _Function) -> int:
-        mappings = Mappings()
+        mappings = self.mappings = Mappings()
         try:
             data, buffers = self.unfold(run.data, run.buffers, mappings.map)
         except (OSError, KeyError) as error:
@@ -285,13 +332,36 @@ class Worker:
             return monotonic_ns()
         return self._call(run, function, data, buffers, mappings)
 
+    def _enter_directory(self, run: Run) -> bool:
+        """Put a task's files into a directory of its own, and go there; False, and its outcome is made, if it fails."""
+        from distexec.taskfiles import enter_directory
+
+        try:
+            enter_directory(self, run)
+        except (OSError, ValueError) as error:
+            self.end_task()
+            failure = self._unpacker.pack_error(error)
+            self.outbox.append(Outcome(run.session, run.seq, run.attempt, _ERROR, failure, 0, (), self._pid))
+            return False
+        return True
+
+    def end_task(self) -> None:
+        """Do what a task left to be done at its end."""
+        while self.at_end:
+            self.at_end.pop()()
+
     def _load_function(self, function: _Function) -> Callable[..., object]:
-        function.value = self._unpacker.load_function(function.data, function.buffers)
+        mappings, self.mappings = self.mappings, function.mappings
+        try:
+            function.value = self._unpacker.load_function(function.data, function.buffers)
+        finally:
+            self.mappings = mappings
         function.data, function.buffers = b"", []
         return function.value
 
     def _moved_ends(self) -> tuple[int, int] | None:
         flush_streams()
+        _flush_c_stdout()
         ends = self._stream_ends()
         if ends == self._ends:
             return None
@@ -352,12 +422,23 @@ class Worker:
 
     def _on_define(self, define: Define) -> None:
         # Mapped now: the announcement of a blob need not last until the function is first run.
-        data, buffers = self.unfold(define.data, define.buffers, map_segment)
-        self._functions[define.fn] = _Function(data, buffers)
+        mappings = Mappings()
+        data, buffers = self.unfold(define.data, define.buffers, mappings.map)
+        refs = tuple(each for each in define.buffers if type(each) is BlobRef)
+        self._functions[define.fn] = _Function(data, buffers, mappings, refs)
 
     def _on_undefine(self, undefine: Undefine) -> None:
         for fn in undefine.fns:
-            self._functions.pop(fn, None)
+            function = self._functions.pop(fn, None)
+            if function is not None and function.refs:
+                mappings, refs = function.mappings, function.refs
+                function = None
+                mappings.settle()  # what a task kept of it must be its own before the memory is used again
+                self.outbox.append(Keep((), refs))
+
+    def _on_unshare(self, unshare: Unshare) -> None:
+        if self.keeper is not None:
+            self.keeper.forget(unshare.names)
 
     def _on_segment(self, segment: Segment) -> None:
         if segment.arena not in self._arenas:
@@ -392,7 +473,8 @@ def unfold(buffer: bytes | BlobRef, locate: Callable[[BlobRef], tuple[int, int]]
 
 
 def serve(link_fd: int, page_fd: int, *, unpacker: payload.CallUnpacker | None = None,
-          initializer: Initializer | None = None, outputs: tuple[int, int] | None = None, label: str = "") -> int:
+          initializer: Initializer | None = None, outputs: tuple[int, int] | None = None, label: str = "",
+          home: str = "", node: str = "", log_levels: dict[str, int] | None = None) -> int:
     """Be a worker on a link and a page until the pool says Bye or goes; return the exit code to end with.
 
     Args:
@@ -400,19 +482,23 @@ def serve(link_fd: int, page_fd: int, *, unpacker: payload.CallUnpacker | None =
         initializer: called before Ready is said; None: none. What it raises ends the worker.
         outputs: files that descriptors 1 and 2 become, if the output is captured; else the page has its last words.
         label: of the session, by which its executor is known when it is unpickled in a task.
+        home: the session's directory on this machine, which may not exist yet; "": none can be made.
+        node: what this machine is called.
+        log_levels: of the client's loggers.
     """
     global this_worker
     page = WorkerPage(page_fd)
     if outputs:
         import faulthandler
 
-        _redirect(outputs)
+        redirect(outputs)
         faulthandler.enable(file=2)
         os.close(page_fd)
     else:
         page.words.listen(page_fd, CELLS_BYTES)
     link = BlockingLink(socket.socket(fileno=link_fd), ToWorker)
-    worker = this_worker = Worker(link, page, unpacker or payload.CallUnpacker(), outputs or (), label)
+    worker = this_worker = Worker(link, page, unpacker or payload.CallUnpacker(), outputs or (), label, home, node)
+    forward(worker, log_levels or {})
     os.register_at_fork(before=worker.prepare_fork, after_in_child=worker.forsake)
     try:
         if initializer is not None and not _initialize(worker, initializer):
@@ -433,6 +519,7 @@ def leave() -> None:
         threading._shutdown()
     atexit._run_exitfuncs()
     flush_streams()
+    _flush_c_stdout()
 
 
 def _initialize(worker: Worker, initializer: Initializer) -> bool:
@@ -464,12 +551,35 @@ def _log_failure() -> None:
         util._run_finalizers()  # queues send what their threads still hold
 
 
-def _redirect(outputs: tuple[int, int]) -> None:
+def redirect(outputs: tuple[int, int]) -> None:
     for fd, number in zip(outputs, (1, 2), strict=True):
         os.dup2(fd, number)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(line_buffering=True)  # so that the pool can show what a running task prints
+    _buffer_c_lines()
 
+
+def _flush_c_stdout() -> object:
+    """Write out what C code printed. Replaced where output is captured and C's stream can be found."""
+
+
+def _buffer_c_lines() -> None:
+    """Have what C code prints written line by line, and the rest by `_flush_c_stdout`; to a file it would be kept back."""
+    global _flush_c_stdout
+    try:
+        import ctypes
+
+        libc = ctypes.PyDLL(None)
+        stdout = ctypes.c_void_p.in_dll(libc, "__stdoutp" if sys.platform == "darwin" else "stdout")
+        libc.setvbuf(stdout, None, _LINE_BUFFERED, 0)
+        libc.fflush.argtypes = (ctypes.c_void_p,)
+        fflush, pointer = libc.fflush, stdout.value
+    except (ImportError, OSError, ValueError, AttributeError):
+        return  # C code's output comes when its buffer is full
+    _flush_c_stdout = lambda: fflush(pointer)  # noqa: E731
+
+
+_LINE_BUFFERED = 1  # _IOLBF of stdio.h
 
 Initializer = Callable[[payload.CallUnpacker], object]

@@ -28,7 +28,7 @@ _ADDRESS = re.compile(r"listening on (\d+(?:\.\d+){3}:\d+)")
 class AgentProcess:
     """An agent, by default on a free loopback port, started on entering the `with` block and stopped on leaving it.
 
-    `prefix` stands before its command: it is how a process is started on another host.
+    `prefix` stands before its command: it is how a process is started on another host. `python` runs it; "": this one does.
     """
 
     slots: int = 2
@@ -38,6 +38,7 @@ class AgentProcess:
     address: str = ""
     listen: str = "127.0.0.1:0"
     prefix: tuple[str, ...] = ()
+    python: str = ""
 
     def __enter__(self) -> AgentProcess:
         self._log = tempfile.NamedTemporaryFile(prefix="pytest-of-agent-", suffix=".log")
@@ -46,7 +47,8 @@ class AgentProcess:
             "DISTEXEC_SECRET": self.secret, "XDG_CONFIG_HOME": self._home.name, "PYTHONUNBUFFERED": "1",
             "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
         self.process = subprocess.Popen(
-            [*self.prefix, sys.executable, "-c", "import sys; from distexec.cli import agent_main; sys.exit(agent_main())",
+            [*self.prefix, self.python or sys.executable, "-c",
+             "import sys; from distexec.cli import agent_main; sys.exit(agent_main())",
              "--listen", self.listen, "--slots", str(self.slots), "--name", self.name, "--spool", self._home.name,
              *self.arguments],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=self._log, env=environ)

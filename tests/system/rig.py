@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from distexec.messages import BlobRef, Define, Evidence, Outcome, Run, SessionSpec
+from distexec.messages import BlobRef, Cleaned, Define, Evidence, Outcome, Run, SessionSpec
 from distexec.payload import CallPacker
 from distexec.pool import Pool, Worker
 from distexec.shipping import BlobStore
@@ -133,9 +133,17 @@ class Rig(Caller):
         """Pool: gone."""
         self._note("gone", worker, evidence)
 
-    def start_failed(self, evidence: Evidence, data: bytes) -> None:
+    def start_failed(self, evidence: Evidence, data: bytes, generation: int) -> None:
         """Pool: failed."""
         self._note("failed", evidence, data)
+
+    def state_wrote(self, stream: int, data: bytes) -> None:
+        """Pool: setup or cleanup wrote."""
+        self._note("state", stream, data)
+
+    def state_cleaned(self, cleaned: Cleaned) -> None:
+        """Pool: cleaned up."""
+        self._note("cleaned", cleaned)
 
     def _note(self, *event: Any) -> None:
         with self._changed:

@@ -32,6 +32,7 @@ from distexec.messages import (
     Outcome,
     OutcomeKind,
     Recall,
+    Renew,
     Resume,
     Returned,
     Run,
@@ -297,7 +298,7 @@ def test_a_running_task_is_killed_with_its_worker() -> None:
     task, behind = script.submit(), script.submit()
     script.heard()
     script.scheduler.kill(task)
-    assert script.heard() == [Revoke("w1", task.order, behind.order)]
+    assert script.heard() == [Revoke("w1", task.order, behind.order, doomed=task.order)]
     script.scheduler.revoked("w1", script.session, task.order, 0.01)
     assert KillWorker("w1", f"task {task.run.seq} was to end") in script.heard()
     script.scheduler.worker_gone("w1", script.session, task.order, GONE, 0.02)
@@ -315,7 +316,7 @@ def test_a_running_task_is_killed_although_more_was_revoked_before() -> None:
     script.scheduler.revoked("w1", script.session, task.order, 1.01)
     script.heard()
     script.scheduler.kill(task)
-    assert script.heard() == [Revoke("w1", task.order, behind.order)]
+    assert script.heard() == [Revoke("w1", task.order, behind.order, doomed=task.order)]
     script.scheduler.revoked("w1", script.session, task.order, 1.03)
     assert [type(action) for action in script.heard()] == [KillWorker]
 
@@ -527,7 +528,7 @@ def test_a_superseded_attempt_is_dropped_when_its_node_returns() -> None:
     agent.scheduler.open_session(Open(1, agent.opened.id, agent.opened.token, 1.0, 0, SessionSpec()), LINK, 2.0)
     agent.heard()
     agent.says(LINK, Resume(1, [(1, 1)], []))
-    assert Revoke("w1", 1, 1) in agent.heard()
+    assert Revoke("w1", 1, 1, doomed=1) in agent.heard()
     agent.scheduler.revoked("w1", agent.session, 1, 2.01)
     agent.scheduler.worker_gone("w1", agent.session, 1, GONE, 2.02)
     said = agent.heard()
@@ -802,3 +803,81 @@ def test_fewer_slots_are_never_used_by_more() -> None:
     second.granted = 2
     shares.regrant(3, [first, second], {first: 1, second: 2})
     assert (first.granted, second.granted) == (1, 1)
+
+
+# ---- renewal
+
+
+def test_renewed_workers_finish_what_they_have_and_others_come() -> None:
+    """Two workers, one busy; renewed → the idle one goes at once, the busy one after its task; a new one takes the next."""
+    script = with_workers("w1", "w2")
+    script.submit()
+    script.heard()
+    script.scheduler.renew_workers(script.session, SessionSpec(generation=1), 1, 0.0)
+    assert script.heard() == [StopWorker("w1")]
+    script.submit()
+    assert script.heard() == [StartWorker(script.session)]
+    script.says("w2", script.outcome(1))
+    assert script.heard() == [StopWorker("w2")]
+    script.scheduler.worker_ready("w3", script.session, 0.0, generation=1)
+    assert script.leased() == [("w3", 2, 1)]
+
+
+def test_worker_of_an_older_generation_is_replaced() -> None:
+    """A worker that was on its way when the session was renewed gets no task; another is started in its place."""
+    script = Script(slots=1)
+    script.submit()
+    assert script.heard() == [StartWorker(script.session)]
+    script.scheduler.renew_workers(script.session, SessionSpec(generation=1), 1, 0.0)
+    script.scheduler.worker_ready("w1", script.session, 0.0, generation=0)
+    assert script.heard() == [StopWorker("w1"), StartWorker(script.session)]
+    script.scheduler.worker_gone("w1", script.session, 0, GONE, 0.0)
+    script.scheduler.start_failed(script.session, GONE, b"", 0.0, generation=0)
+    assert script.heard() == [StartWorker(script.session)]
+    script.scheduler.worker_ready("w2", script.session, 0.0, generation=1)
+    assert script.leased() == [("w2", 1, 1)]
+
+
+def test_renewal_may_mend_a_failed_session() -> None:
+    """No worker could be had; renewed with work waiting → workers are asked for again."""
+    script = Script(slots=1)
+    script.submit()
+    script.heard()
+    script.scheduler.start_failed(script.session, GONE, b"error", 0.0, generation=0)
+    assert script.session.failed
+    script.scheduler.renew_workers(script.session, SessionSpec(generation=1), 1, 0.0)
+    assert script.heard() == [StartWorker(script.session)]
+
+
+def test_a_node_is_opened_with_the_spec_of_its_own() -> None:
+    """A spec for one node is in its `Open`, now and on the next link, and only there; a change goes out as `Renew`."""
+    script = Script()
+    own = SessionSpec(name="own", generation=3)
+    script.scheduler.renew_node(script.session, "n1", own, 0.0)
+    specs = {}
+    for node in ("n1", "n2"):
+        script.scheduler.node_joined(node, node, 0.02)
+        specs |= {peer: message.spec for peer, message in script.scheduler.take() if isinstance(message, Open)}
+    assert specs == {"n1": own, "n2": script.opened.spec}
+    newer = SessionSpec(name="own", generation=4)
+    script.scheduler.renew_node(script.session, "n1", newer, 0.0)
+    assert script.heard() == [("n1", Renew(script.session.no, newer))]
+    script.scheduler.node_suspended("n1", 0.0)
+    script.scheduler.renew_node(script.session, "n1", own, 0.0)
+    assert script.heard() == []
+    script.scheduler.node_joined("n1", "n1", 0.02)
+    assert [message.spec for _, message in script.scheduler.take() if isinstance(message, Open)] == [own]
+
+
+def test_failure_of_an_older_generation_does_not_count() -> None:
+    """A node says that the setup failed, while it is told of the next one → it is still hoped for."""
+    script = Script()
+    script.join("n1", 1)
+    script.scheduler.renew_node(script.session, "n1", SessionSpec(generation=1), 0.0)
+    script.heard()
+    script.says("n1", SessionFailed(script.session.no, GONE, b"", 0))
+    assert script.scheduler.take_failures() == []
+    script.submit()
+    assert script.leased() == [("n1", 1, 1)]
+    script.says("n1", SessionFailed(script.session.no, GONE, b"", 1))
+    assert [peer for _, peer, _ in script.scheduler.take_failures()] == ["n1"]

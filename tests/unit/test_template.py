@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from distexec import template
+from distexec import descent, template
 from distexec.messages import SessionSpec
 from distexec.starters import environment
 
@@ -59,8 +59,8 @@ def test_tree_ends_whole() -> None:
             subprocess.Popen(["sleep", "1000"]) as bystander:
         assert tree.stdout is not None
         assert tree.stdout.readline() == b"up\n"
-        assert len(template._descendants(tree.pid)) >= 4
-        template.end_tree(tree.pid)
+        assert len(descent._descendants(tree.pid)) >= 4
+        descent.end_tree(tree.pid)
         assert tree.wait(10) == -signal.SIGKILL
         assert tree.stdout.read() == b""  # nobody is left who could write to it
         assert bystander.poll() is None

@@ -71,3 +71,24 @@ def test_closed_page_stops_the_worker(pages: tuple[WorkerPage, WorkerPage]) -> N
     worker.close()
     with pytest.raises(ValueError, match="released"):
         worker.begin(1, 0)
+
+
+def test_a_doomed_task_is_told(pages: tuple[WorkerPage, WorkerPage]) -> None:
+    """Only the task of that order, and from that moment on; no task before anybody is doomed."""
+    pool, worker = pages
+    worker.begin(1, 0)
+    assert not worker.is_doomed
+    pool.doom(2)
+    assert not worker.is_doomed
+    worker.begin(2, 0)
+    assert worker.is_doomed
+    worker.begin(3, 0)
+    assert not worker.is_doomed
+
+
+def test_what_was_heard_adds_up(pages: tuple[WorkerPage, WorkerPage]) -> None:
+    """The worker sees the sum."""
+    pool, worker = pages
+    pool.hear(5)
+    pool.hear(7)
+    assert worker.heard_bytes == 12
