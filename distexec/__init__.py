@@ -30,19 +30,22 @@ if TYPE_CHECKING:
     )
     from .executor import ClusterExecutor, NodeSpec
     from .future import ClusterFuture, Timing
+    from .program import Program
     from .report import ClusterStatus, NodeStatus
     from .shared import Shared
     from .task import TaskContext, current_task
 
 __all__ = [
     "AuthenticationFailed", "ClusterExecutor", "ClusterFuture", "ClusterStatus", "DistexecError", "IncompatibleNode",
-    "InitializerFailed", "JournalError", "NoNodes", "NodeSpec", "NodeStatus", "PayloadError", "ProtocolError", "RemoteError",
-    "Shared", "TaskContext", "TaskKilled", "TaskTimeout", "Timing", "WorkerLost", "__version__", "current_task",
+    "InitializerFailed", "JournalError", "NoNodes", "NodeSpec", "NodeStatus", "PayloadError", "Program", "ProtocolError",
+    "RemoteError", "Shared", "TaskContext", "TaskKilled", "TaskTimeout", "Timing", "WorkerLost", "__version__",
+    "current_task",
 ]
 
 _HOMES = {
     "executor": ("ClusterExecutor", "NodeSpec"),
     "future": ("ClusterFuture", "Timing"),
+    "program": ("Program",),
     "shared": ("Shared",),
     "task": ("TaskContext", "current_task"),
     "report": ("ClusterStatus", "NodeStatus"),

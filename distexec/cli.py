@@ -268,6 +268,7 @@ def _parser() -> argparse.ArgumentParser:
     nodes.add_argument("--timeout", type=float, default=5.0, metavar="SECONDS")
     nodes.set_defaults(run=_nodes)
     _add_session_commands(commands)
+    _add_run_command(commands)
     return parser
 
 
@@ -291,6 +292,56 @@ def _add_session_commands(commands: Any) -> None:
         command.add_argument("--secret-file", metavar="FILE")
     for command in (sessions, drop):
         command.add_argument("--timeout", type=float, default=5.0, metavar="SECONDS")
+
+
+def _add_run_command(commands: Any) -> None:
+    run = commands.add_parser(
+        "run", help="run a program once per set of arguments, all over the cluster",
+        description="Run PROGRAM once for each -a, with ARGS before it; without any, once. A path with a slash is brought "
+        "along; a name is looked for on each node. Exit code: 0 if every run's was 0, else 1.")
+    run.add_argument("-a", "--args", metavar="ARGS", action="append", default=[],
+                     help="one run's arguments, split as a shell does; may be repeated (-a=-x for those that begin with -)")
+    run.add_argument("--args-file", metavar="FILE", help="more of them, one run's on each line; -: standard input")
+    run.add_argument("--file", metavar="F", action="append", default=[],
+                     help="a file or directory that each run finds in its working directory; may be repeated")
+    run.add_argument("--nodes", metavar="HOST[:PORT],…", help="where (default: $DISTEXEC_NODES, else this machine)")
+    run.add_argument("--secret-file", metavar="FILE", help="file with the cluster's secret (default: as everywhere)")
+    run.add_argument("--slots", type=int, metavar="N", help="runs at once, at most (default: all there are)")
+    run.add_argument("--timeout", type=float, metavar="SECONDS", help="end a run that takes longer; it has failed")
+    run.add_argument("--retries", type=int, default=3, metavar="N", help="how often to run again what died with its worker")
+    run.add_argument("--prefix", action="store_true", help="begin each line of output with [node:run]")
+    run.add_argument("program", metavar="PROGRAM")
+    run.add_argument("arguments", metavar="ARGS", nargs=argparse.REMAINDER, help="of every run, before its own")
+    run.set_defaults(run=_run_program)
+
+
+def _run_program(options: argparse.Namespace) -> int:
+    from .batchrun import argument_sets, run_all
+    from .executor import ClusterExecutor
+    from .program import Program
+    for path in options.file:
+        if not os.path.exists(path):
+            raise UsageError(f"--file {path}: there is no such file or directory")
+    program = Program(options.program, timeout=options.timeout)
+    if os.sep in program.path and os.path.isfile(program.path) and not os.access(program.path, os.X_OK):
+        raise UsageError(f"{program.path} is not executable; see to it with chmod +x, or name the interpreter that runs it")
+    secret = None if options.secret_file is None else _agent_secret(options.secret_file).text
+    nodes = None if options.nodes is None else [text.strip() for text in options.nodes.split(",") if text.strip()]
+    sets = list(argument_sets(options.arguments, options.args, _lines(options.args_file)))
+    with ClusterExecutor(options.slots, nodes=nodes, secret=secret, retries=options.retries, name="distexec-run") as cluster:
+        counts = run_all(cluster, program, sets, options.file, has_prefix=options.prefix)
+    if len(sets) != 1 or counts.failed:
+        print(f"distexec run: {counts}", file=sys.stderr)
+    return 1 if counts.failed else 0
+
+
+def _lines(file: str | None) -> Sequence[str]:
+    if file is None:
+        return ()
+    if file == "-":
+        return sys.stdin.readlines()
+    with open(file) as lines:
+        return lines.readlines()
 
 
 def _secret_new(options: argparse.Namespace) -> int:

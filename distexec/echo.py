@@ -30,8 +30,35 @@ PIECE_CHARS = 1024
 BACKLOG_CHARS = 32 << 20
 """What may wait for the reader; beyond that output is dropped, and the stream told how much. Larger: more of our memory."""
 
+RATE_BYTES_S = 4 << 20
+"""What a stream may be flooded with for long. Larger: terminals and log files are filled with what nobody reads."""
+
+BURST_BYTES = 64 << 20
+"""What it may be given at once after it was quiet. Smaller: a large result that is printed is not whole."""
+
 LOOK_S = 0.2
 """How often the thread looks whether it is to stop while the reader stands still."""
+
+
+class Rate:
+    """Says how much may be written: what is left of `BURST_BYTES`, which fills up again at `RATE_BYTES_S`.
+
+    Who was refused is again until there is enough for a second, so that what is left out is in few places.
+    """
+
+    def __init__(self, now: float) -> None:
+        self._now = now
+        self._left = float(BURST_BYTES)
+        self._is_flooded = False
+
+    def allows(self, size_bytes: int, now: float) -> bool:
+        """Take so much away, if it is there, at a time in seconds."""
+        self._left = min(BURST_BYTES, self._left + (now - self._now) * RATE_BYTES_S)
+        self._now = now
+        self._is_flooded = size_bytes > self._left or (self._is_flooded and self._left < RATE_BYTES_S)
+        if not self._is_flooded:
+            self._left -= size_bytes
+        return not self._is_flooded
 
 
 class Echo:
@@ -44,13 +71,31 @@ class Echo:
         self._waiting_chars = self._dropped_chars = 0
         self._thread: threading.Thread | None = None
         self._is_over = False
+        self._rate = Rate(time.monotonic())  # this and what follows: the writer's
+        self._left_out_bytes = 0
+        self._is_in_line = False
 
     def __repr__(self) -> str:
         return f"<Echo to {self._name}: {self._waiting_chars} characters wait>"
 
     def write(self, data: bytes) -> None:
         """Write, or put in line behind what waits already. One thread only."""
-        text = data.decode("utf-8", "replace")
+        if not self._rate.allows(len(data), time.monotonic()):
+            self._left_out_bytes += len(data)
+            return
+        if self._left_out_bytes:
+            self._tell_left_out()
+        self._write(data.decode("utf-8", "replace"))
+        self._is_in_line = not data.endswith((b"\n", b"\r"))
+
+    def _tell_left_out(self) -> None:
+        size, self._left_out_bytes = self._left_out_bytes, 0
+        line_end = "\n" if self._is_in_line else ""
+        self._write(f"{line_end}[distexec: {size:,} bytes are left out here: tasks print more than "
+                    f"{RATE_BYTES_S >> 20} MiB a second, and have done for long]\n")
+        self._is_in_line = False
+
+    def _write(self, text: str) -> None:
         with self._changed:
             if self._thread is not None:
                 self._put(text)
@@ -64,6 +109,8 @@ class Echo:
 
     def close(self) -> None:
         """Wait until the reader has everything, or `give_up` was called."""
+        if self._left_out_bytes:
+            self._tell_left_out()
         with self._changed:
             thread = self._thread
         if thread is not None:

@@ -32,7 +32,7 @@ from .messages import Options, Tree
 from .nested import NO_FILES, homes, rejoin
 from .payload import CallPacker
 from .poolplan import PoolPlan
-from .printout import EchoMode, check_output
+from .printout import EchoMode, captures, check_output
 from .renewal import args_by_address
 from .report import ClusterStatus, NodeStatus
 from .root import Root, for_nodes
@@ -217,7 +217,8 @@ class ClusterExecutor(_Submitter):
         echo: print what tasks print where it is captured, line by line; "prefix": each line begins with "[node:task] ".
             More than a stream should be flooded with is left out, which it is told.
         capture: whether futures have what their tasks print, as `stdout` and `stderr`. None: of tasks on nodes they do;
-            local workers print where this program does, as ProcessPoolExecutor's, and nobody keeps it.
+            local workers print where this program does, as ProcessPoolExecutor's, and nobody keeps it,
+            unless echo is "prefix".
         retries: how often a task is run again whose worker or node died while it may have been running.
         node_timeout: seconds after which a node that cannot be reached is given up and its tasks run elsewhere.
         nodes_timeout: seconds that queued work waits without a slot anywhere before it fails with `NoNodes`; None: for ever.
@@ -261,6 +262,7 @@ class ClusterExecutor(_Submitter):
         _check_child_limit(max_tasks_per_child, mp_context)
         _check_env(env)
         check_output(echo, capture)
+        capture = captures(echo, capture)
         for what, given in (("initializer", initializer), ("setup", setup), ("cleanup", cleanup)):
             if given is not None and not callable(given):
                 raise TypeError(f"{what} must be a callable")

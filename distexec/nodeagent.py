@@ -352,6 +352,8 @@ class Agent:
         tenancy.pull_again()
         # What workers know of modules, setup and environment is as the client's last life had it, or before it was renewed.
         is_new = tenancy.session is not None and (is_other or opened.spec != tenancy.opened.spec)
+        if is_other and is_new:
+            tenancy.modules.forsake()
         self.dispatcher.call(self._open, tenancy, opened, uplink, tenancy.renew(opened.spec) if is_new else None)
 
     def _open(self, tenancy: Tenancy, opened: Open, uplink: Uplink, generation: int | None, now: float) -> None:

@@ -65,6 +65,9 @@ class Lodger(Protocol):
     def may_start(self) -> object:
         """Learn that nothing vital is missing any more."""
 
+    def end_worker_of(self, pid: int, reason: str) -> bool:
+        """End the worker that a process belongs to; False if there is none."""
+
 
 class _Code:
     """One generation's directory."""
@@ -72,7 +75,7 @@ class _Code:
     def __init__(self, directory: str, generation: int) -> None:
         self.directory, self.generation = directory, generation
         self.told: dict[str, Told] = {}
-        self.problem = ""  # why nothing is brought there any more
+        self.is_forsaken = False
 
 
 class _Wanted:
@@ -94,7 +97,7 @@ class NodeModules:
         self._wanted: dict[int, _Wanted] = {}  # by the number of the question
         self._vital: dict[str, _Wanted] = {}  # what comes unasked, by name
         self._numbers = 0
-        self._links: set[Link] = set()
+        self._links: dict[Link, int] = {}  # whose process is at the other end
         self.address, self._sock = _listen(tenancy.directory)
         self._users = {os.geteuid(), *([agent.terms.user.uid] if agent.terms.user is not None else ())}
         agent.loop.watch(self._sock, self._accept)
@@ -111,12 +114,22 @@ class NodeModules:
         return directory
 
     def forsake(self) -> None:
-        """Bring nothing more to what there is so far: another life of the program has taken up the session."""
+        """Bring nothing more to what there is so far: another life of the program has taken up the session.
+
+        Its modules may be others. Whoever asks is ended instead, so that its task runs again from the beginning.
+        """
         for code in self._codes.values():
-            code.problem = "the program that this process worked for has ended; another life of it goes on"
+            code.is_forsaken = True
         for number, wanted in list(self._wanted.items()):
             del self._wanted[number]
-            self._tell(wanted, Told(True, wanted.code.problem))
+            for link in wanted.askers:
+                self._end_asker(link, wanted.name)
+
+    def _end_asker(self, link: Link, name: str) -> None:
+        reason = (f"it began for an earlier life of the program, and imports {name!r} only now, when that may be another "
+                  "module than it was")
+        if link in self._links and not self._tenancy.end_worker_of(self._links[link], reason):
+            link.send([cast("Any", Told(True, reason))])
 
     # ---- questions
 
@@ -130,17 +143,18 @@ class NodeModules:
             self._agent.loop.unwatch(self._sock)
             self._agent.loop.call_later(RETRY_S, self._watch_again)
             return
-        if _peer(sock) not in self._users:
+        pid, uid = _peer(sock)
+        if uid not in self._users:
             sock.close()
             return
-        self._links.add(self._agent.loop.adopt(sock, Ask, self._on_messages, self._on_closed))
+        self._links[self._agent.loop.adopt(sock, Ask, self._on_messages, self._on_closed)] = pid
 
     def _watch_again(self) -> None:
         if self._sock.fileno() >= 0:
             self._agent.loop.watch(self._sock, self._accept)
 
     def _on_closed(self, link: Link, _reason: str) -> None:
-        self._links.discard(link)
+        self._links.pop(link, None)
 
     def _on_messages(self, link: Link, messages: list[Any]) -> None:
         for message in messages:
@@ -148,12 +162,13 @@ class NodeModules:
 
     def _asked(self, link: Link, ask: Ask) -> None:
         code = self._codes.get(ask.directory)
-        if code is None or code.problem:
-            link.send([cast("Any", Told(True, code.problem if code is not None else "its session is not here"))])
-            return
-        told = code.told.get(ask.name)
+        told = code.told.get(ask.name) if code is not None else Told(True, "its session is not here")
         if told is not None:
             link.send([cast("Any", told)])
+            return
+        assert code is not None, "else there was an answer"
+        if code.is_forsaken:
+            self._end_asker(link, ask.name)
             return
         for wanted in (*self._wanted.values(), *self._vital.values()):
             if wanted.code is code and wanted.name == ask.name:
@@ -298,11 +313,11 @@ def _listen(directory: str) -> tuple[str, socket.socket]:
     return address, sock
 
 
-def _peer(sock: socket.socket) -> int:
-    """Say whose process is at the other end of a Unix socket."""
+def _peer(sock: socket.socket) -> tuple[int, int]:
+    """Say which process is at the other end of a Unix socket, 0 if that is unknown, and whose it is."""
     if hasattr(socket, "SO_PEERCRED"):
-        _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
-        return int(uid)
-    return os.geteuid()  # the socket is a file in a directory that is nobody else's
+        pid, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+        return pid, uid
+    return 0, os.geteuid()  # the socket is a file in a directory that is nobody else's
 
 

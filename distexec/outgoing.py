@@ -57,8 +57,7 @@ class Outgoing:
     """The output and the log records of one session's tasks. I/O thread."""
 
     def __init__(self, spec: SessionSpec) -> None:
-        self._is_live = spec.echo  # else a future's share is all that the client wants
-        self._is_wanted = spec.echo or spec.is_captured
+        self.suit(spec)
         self._notes: dict[int, _Note] = {}  # by task
         self._whole: deque[_Note] = deque()  # not shrunk, the oldest first
         self._kept_bytes = 0
@@ -67,6 +66,11 @@ class Outgoing:
 
     def __repr__(self) -> str:
         return f"<Outgoing: {len(self._notes)} tasks, {self._kept_bytes:,} bytes kept>"
+
+    def suit(self, spec: SessionSpec) -> None:
+        """Learn what the client wants to have, now that it may have changed its mind."""
+        self._is_live = spec.echo  # else a future's share is all
+        self._is_wanted = spec.echo or spec.is_captured
 
     @property
     def is_busy(self) -> bool:

@@ -21,7 +21,7 @@ from .messages import Lost, Outcome, Stream
 from .printed import Lines, Printed
 from .transport import Loop
 
-__all__ = ["LOCAL", "EchoMode", "Printout", "check_output"]
+__all__ = ["LOCAL", "EchoMode", "Printout", "captures", "check_output"]
 
 EchoMode = bool | Literal["prefix"]
 
@@ -46,6 +46,11 @@ def check_output(echo: object, capture: object) -> None:
         raise ValueError(f'echo must be True, False or "prefix", not {echo!r}')
     if not isinstance(capture, bool | None):
         raise ValueError(f"capture must be True, False or None, not {capture!r}")
+
+
+def captures(echo: EchoMode, capture: bool | None) -> bool | None:
+    """Say what `capture` means: lines with a prefix are ours to print, local workers' too."""
+    return True if capture is None and echo == "prefix" else capture
 
 
 class Source(Protocol):

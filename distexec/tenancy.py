@@ -23,7 +23,7 @@ from .cpus import thread_limits
 from .dispatcher import Dispatcher
 from .filetransfers import FileTraffic
 from .ledger import Session
-from .memorywatch import MemoryLimit
+from .memorywatch import MemoryLimit, trees
 from .messages import (
     Ack,
     BlobRef,
@@ -118,6 +118,7 @@ class Tenancy:
     def renew(self, spec: SessionSpec) -> int:
         """Prepare workers so from now on; give the pool's number of that. I/O thread."""
         self.opened = structs.replace(self.opened, spec=spec)
+        self.output.suit(spec)
         self._code = self.modules.begin(spec.generation)
         number = self.pool.renew(self._local(spec))
         self.upkeep.prepare(spec)
@@ -248,6 +249,19 @@ class Tenancy:
     def kill_worker(self, worker: Worker, reason: str) -> None:
         """End a worker and all it started."""
         self.pool.kill_worker(worker, reason)
+
+    def end_worker_of(self, pid: int, reason: str) -> bool:
+        """End the worker that a process belongs to; False if there is none."""
+        session = self.session
+        if session is None:
+            return False
+        with self.agent.dispatcher.lock:
+            workers: list[Any] = [lane.peer for lane in session.lanes.values() if lane.is_worker]
+        families = trees([worker.pid for worker in workers])
+        found = [worker for worker in workers if pid in families.get(worker.pid, ())]
+        for worker in found:
+            self.kill_worker(worker, reason)
+        return bool(found)
 
     # ---- blobs
 

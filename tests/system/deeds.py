@@ -263,3 +263,53 @@ def talk(queue_in: Any, queue_out: Any, word: Any) -> Any:
     """Say a word to another task and hear its word."""
     queue_out.put(word)
     return queue_in.get(timeout=PATIENCE_S)
+
+
+def print_and_die(directory: str, times: int) -> str:
+    """Print which try this is; die so many times."""
+    note(directory, "try")
+    tried = len(notes(directory))
+    print(f"try {tried}", flush=True)
+    print("error", tried, file=sys.stderr, flush=True)
+    if tried <= times:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return f"try {tried}"
+
+
+def print_and_hold(directory: str, text: str) -> str:
+    """Print, without the end of a line, and wait for word."""
+    print(text, end="", flush=True)
+    result: str = hold(directory, text)
+    return result
+
+
+def print_c(text: str) -> None:
+    """Print as a C library does, which has a buffer of its own."""
+    import ctypes
+    ctypes.CDLL(None).printf(b"%s", text.encode())
+
+
+def log(name: str, level: int, text: str, *args: Any, **extra: Any) -> int:
+    """Log a record, and return how many handlers the root logger has here."""
+    import logging
+    logging.getLogger(name).log(level, text, *args, extra=extra)
+    return len(logging.root.handlers)
+
+
+def dribble(number: int) -> None:
+    """Print lines piece by piece."""
+    for _ in range(5):
+        for _ in range(50):
+            os.write(1, f"{number} ".encode())
+        os.write(1, b"\n")
+
+
+def has_imported(name: str) -> bool:
+    """Whether something in this process has imported it."""
+    return name in sys.modules
+
+
+def log_loader(level: int) -> None:
+    """Log what loaded `logging`."""
+    import logging
+    logging.getLogger("loader").log(level, "%s", type(logging.__spec__.loader).__name__)

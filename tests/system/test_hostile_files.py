@@ -23,6 +23,8 @@ from distexec.messages import (
     Delivery,
     Fetch,
     File,
+    Find,
+    Found,
     FromDownstream,
     FromUpstream,
     Lost,
@@ -216,6 +218,8 @@ class BadClient:
         for message in messages:
             if isinstance(message, Fetch):
                 link.send(self.contents.get(message.blob.digest, [Missing(message.blob.digest)]))
+            elif isinstance(message, Find):
+                link.send([Found(message.session, message.number, message.name, is_own=False)])
 
     def place(self, number: int, tree: Tree) -> Placed:
         """Have files placed and wait for the answer."""
@@ -265,7 +269,7 @@ class TestBadClient:
             for number, name in enumerate(EVIL):
                 assert client.place(number, (File(name, 0o644, b"evil"),)).error, name
             assert client.place(100, (File("good", 0o644, b"good"),)) == Placed(1, 100)
-            assert client.value(3, filework.read, "good") == b"good"
+            assert client.value(3, Path("good").read_bytes) == b"good"
         assert all_below(tmp_path / "outside") == []
 
     def test_files_of_tasks_that_lead_elsewhere(self, shared_agent: AgentProcess) -> None:
@@ -273,8 +277,8 @@ class TestBadClient:
         with self.client(shared_agent) as client:
             for seq, name in enumerate([name for name in EVIL if not name.startswith(("link", "pipe"))], 1):
                 with pytest.raises((ValueError, OSError)):
-                    client.value(seq, filework.cwd, files=(File(name, 0o644, b"evil"),))
-            assert client.value(100, filework.read, "good", files=(File("good", 0o644, b"good"),)) == b"good"
+                    client.value(seq, os.getcwd, files=(File(name, 0o644, b"evil"),))
+            assert client.value(100, Path("good").read_bytes, files=(File("good", 0o644, b"good"),)) == b"good"
 
     def test_contents_that_lie(self, shared_agent: AgentProcess) -> None:
         """They are refused for the one task and the one file, and nothing is believed under their digest."""
@@ -298,9 +302,9 @@ class TestBadClient:
         with self.client(shared_agent) as client:
             ref = BlobRef(os.urandom(16), 1 << 30)
             client.contents[ref.digest] = [Chunk(ref.digest, 0, bytes(100_000))]
-            code, _, _ = client._packer.pack_function(filework.cwd)
+            code, _, _ = client._packer.pack_function(os.getcwd)
             data, _ = client._packer.pack_call((), {})
             client.link.send([Define(1, 999, code), Run(1, 1, 1, 999, data, (), Options(files=(File("x", 0o644, ref),)))])
             assert wait_until(lambda: any(isinstance(each, Fetch) for each in client.heard))
-            assert "/work" in client.value(2, filework.cwd)
+            assert "/work" in client.value(2, os.getcwd)
             assert not any(isinstance(each, SessionFailed) for each in client.heard)

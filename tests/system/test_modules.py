@@ -551,6 +551,48 @@ def test_changes_while_it_is_sent(project: Path, agent: AgentProcess, monkeypatc
         assert executor.submit(tools().get, "tools", "seen").result(WAIT_S) == []
 
 
+LIFE = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+import slow
+from distexec import ClusterExecutor
+with ClusterExecutor(nodes=[sys.argv[3]], durable=sys.argv[2] + "/run.db") as executor:
+    future = executor.options(key="the task").submit(slow.late, sys.argv[2])
+    if sys.argv[4] == "1":
+        while not os.path.exists(sys.argv[2] + "/log"):
+            pass
+        os._exit(0)
+    executor.options(key="another").submit(os.getpid).result()
+    open(sys.argv[2] + "/go", "w").close()
+    print(future.result())
+"""
+
+
+def test_next_life_of_the_program(project: Path, tmp_path: Path) -> None:
+    """A task that imports for the first time when its program has another life runs again, with that one's modules only."""
+    write(project / "slow.py", """
+import os
+
+def late(directory):
+    with open(directory + "/log", "a") as log:
+        print("began", file=log)
+    while not os.path.exists(directory + "/go"):
+        pass
+    import lazily
+    return lazily.VALUE
+""")
+    write(project / "lazily.py", "VALUE = 1")
+    with AgentProcess(slots=2) as agent:
+        for life in ("1", "2"):
+            done = subprocess.run([sys.executable, "-c", LIFE, str(project), str(tmp_path), agent.address, life], cwd=ROOT,
+                                  timeout=60, env=os.environ | {"DISTEXEC_SECRET": agent.secret}, capture_output=True,
+                                  text=True, check=False)
+            assert done.returncode == 0, done.stderr
+            write(project / "lazily.py", "VALUE = 22")
+    assert done.stdout == "22\n"
+    assert (tmp_path / "log").read_text() == "began\nbegan\n"
+
+
 # ---- links
 
 

@@ -338,7 +338,7 @@ def test_offspring_that_holds_the_link_hides_no_death(rig: Rig) -> None:
 
 def _end_orphans(rig: Rig) -> None:
     """Kill what a context's worker left behind: without a template there is no guardian for it."""
-    if isinstance(rig.pool._starter, starters.ContextStarter):
+    if isinstance(rig.pool._generations.current.starter, starters.ContextStarter):
         for pid in leaks._descendants():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -356,7 +356,7 @@ def test_worker_that_closes_its_link_is_ended(rig: Rig) -> None:
 def test_dead_template_takes_its_workers_along(forked: Rig) -> None:
     """When the template is killed all its workers are reported gone, with the reason; the next worker has a new one."""
     workers = [forked.worker(), forked.worker()]
-    starter = forked.pool._starter
+    starter = forked.pool._generations.current.starter
     assert isinstance(starter, starters.TemplateStarter)
     os.kill(starter.pid, signal.SIGKILL)
     gone = forked.wait("gone", 2)
@@ -442,7 +442,7 @@ def test_context_workers_die_with_their_guardian(method: str, tmp_path: Path) ->
         worker = rig.worker()
         rig.send(worker, chores.wait_for, path)
         await_arrival(path)
-        starter = rig.pool._starter
+        starter = rig.pool._generations.current.starter
         assert isinstance(starter, starters.ContextStarter)
         assert starter._guardian is not None
         assert rig.ask(rig.worker(), chores.double, 1) == 2
@@ -455,7 +455,7 @@ def test_context_workers_die_with_their_guardian(method: str, tmp_path: Path) ->
 def test_start_under_a_dying_template_is_made_again(forked: Rig) -> None:
     """A worker asked for while its template is being killed comes all the same, if the template had worked before."""
     forked.worker()
-    starter = forked.pool._starter
+    starter = forked.pool._generations.current.starter
     assert isinstance(starter, starters.TemplateStarter)
     os.kill(starter.pid, signal.SIGSTOP)  # so that it takes the order with it
     forked.pool.start_worker()

@@ -296,6 +296,7 @@ def test_a_handle_outlives_its_executor() -> None:
     gc.collect()
 
 
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_workers_of_a_context(method: str) -> None:
     """They load it once, and publish, as others do."""

@@ -27,7 +27,7 @@ LAYERS = {
     "transport": 2, "secretfile": 2, "shipping": 2, "transfers": 2, "memory": 2, "discovery": 2, "stats": 2,
     "lastwords": 2, "capture": 3, "outbox": 3, "resultfiles": 3, "worker": 3, "template": 3, "starters": 3, "pool": 3,
     "dispatcher": 3, "future": 3, "mapping": 3,
-    "task": 3, "partials": 3, "shared": 3, "blobcache": 2, "values": 4, "published": 4,
+    "task": 3, "program": 3, "batchrun": 4, "partials": 3, "shared": 3, "blobcache": 2, "values": 4, "published": 4,
     "executor": 4, "root": 4, "supply": 4, "nodes": 4, "nodeagent": 4, "tenancy": 4, "hub": 4, "survey": 4, "spool": 2,
     "printed": 1, "logrecords": 3, "printout": 4, "outgoing": 4, "logbook": 4,
     "echo": 2, "cli": 5, "__init__": 5, "__main__": 5,
