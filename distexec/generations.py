@@ -48,6 +48,7 @@ class Generation:
         self._refs = [ref for ref in (*spec.initializer_buffers, *spec.setup_buffers) if isinstance(ref, BlobRef)]
         self._kept: list[BlobRef] = []
         self._is_closing = False
+        self._has_blobs()  # those that are here now may not be later
 
     def __repr__(self) -> str:
         return f"<Generation {self.number}: {len(self.workers)} workers, {self.waiting} to come>"
