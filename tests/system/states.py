@@ -110,9 +110,29 @@ def greet(word: str) -> None:
     print(word.upper(), file=sys.stderr, flush=True)
 
 
-def fork_and_return() -> None:
-    """Setup that comes back in two processes."""
-    os.fork()
+def fork_and_return(directory: str) -> None:
+    """Setup that comes back in two processes, of which one is noted."""
+    if os.fork() == 0:
+        deeds.note(directory, "child")
+
+
+def hang_for_ever(directory: str) -> None:
+    """Cleanup that does not end."""
+    deeds.note(directory, "hangs")
+    threading.Event().wait()
+
+
+def build_or_hang(directory: str, value: Any) -> None:
+    """Setup: make a value global, or do not end if there is none."""
+    if value is None:
+        hang_for_ever(directory)
+    build(directory, value)
+
+
+def start_and_hold(directory: str) -> None:
+    """Start a process, note it, and wait for word."""
+    child = subprocess.Popen(["sleep", "1000"])
+    deeds.hold(directory, child.pid)
 
 
 def from_init(name: str) -> Any:

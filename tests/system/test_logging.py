@@ -209,3 +209,14 @@ def test_a_flood_delays_no_result(make: Callable[..., ClusterExecutor]) -> None:
     lost = sum(record.args[0] for record in told.records if "log records of tasks were dropped" in record.msg)
     assert lost
     assert len(handler.records) + lost == 15_000
+
+
+def test_who_does_not_log_does_not_pay(make: Callable[..., ClusterExecutor], notes: Notes,
+                                       request: pytest.FixtureRequest) -> None:
+    """Workers do not import `logging` before a task does, and then it is as it ever was."""
+    with make() as executor:
+        if "spawn" not in request.node.name:  # multiprocessing has imported it there
+            assert not executor.submit(deeds.has_imported, "logging").result()
+        executor.submit(deeds.log_loader, logging.INFO).result()
+        assert wait_until(lambda: bool(notes.records), 20)
+    assert notes.messages() == ["SourceFileLoader"]

@@ -152,6 +152,17 @@ def test_dead_prepared_process_is_replaced(make: Make, tmp_path: Path) -> None:
     assert Counter(deeds.notes(tmp_path))["setup built"] == 2
 
 
+def test_dead_prepared_process_takes_all_along(make: Make, tmp_path: Path) -> None:
+    """With it go its workers and what their tasks have started, at once and not with the session."""
+    with make(1, setup=functools.partial(states.build, str(tmp_path)), retries=0) as executor:
+        future = executor.submit(states.start_and_hold, str(tmp_path))
+        assert wait_until(lambda: len(deeds.notes(tmp_path)) == 2)
+        os.kill(deeds.pids(tmp_path)[0], signal.SIGKILL)
+        assert isinstance(future.exception(WAIT_S), WorkerLost)
+        assert wait_until(lambda: is_gone(int(deeds.notes(tmp_path)[1])))
+        assert executor.submit(states.look).result(WAIT_S)[0] == "built"
+
+
 def test_what_setup_starts_is_its_own(make: Make, tmp_path: Path) -> None:
     """Threads, children and exit functions of setup are not its workers'; all end with the session."""
     with make(2, setup=functools.partial(states.start_things, str(tmp_path)), max_tasks_per_child=1) as executor:
@@ -166,10 +177,12 @@ def test_what_setup_starts_is_its_own(make: Make, tmp_path: Path) -> None:
     assert wait_until(lambda: not os.path.exists(directory))
 
 
-def test_setup_that_forks_is_taken_for_one(make: Make) -> None:
+def test_setup_that_forks_is_taken_for_one(make: Make, tmp_path: Path) -> None:
     """A child that comes back out of setup ends there."""
-    with make(1, setup=states.fork_and_return) as executor:
+    with make(1, setup=functools.partial(states.fork_and_return, str(tmp_path))) as executor:
         assert executor.submit(deeds.double, 4).result(WAIT_S) == 8
+        assert wait_until(lambda: deeds.notes(tmp_path))
+        assert wait_until(lambda: is_gone(deeds.pids(tmp_path)[0]), 5)
 
 
 # ---- when it fails
@@ -286,7 +299,7 @@ def test_shutdown_waits_for_cleanup(make: Make, tmp_path: Path) -> None:
 
 def test_interrupt_does_not_wait_for_cleanup(make: Make, tmp_path: Path) -> None:
     """After Ctrl-C a cleanup has a moment, not more."""
-    executor = make(1, cleanup=functools.partial(states.hang, str(tmp_path)))
+    executor = make(1, cleanup=functools.partial(states.hang_for_ever, str(tmp_path)))
     assert executor.submit(deeds.double, 2).result(WAIT_S) == 4
     executor.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
     assert executor._root.is_closed
@@ -343,6 +356,17 @@ def test_resetup_swaps_without_loss(make: Make, tmp_path: Path) -> None:
         assert wait_until(lambda: "cleanup old" in deeds.notes(tmp_path))
     assert [note for note in deeds.notes(tmp_path) if note] == ["setup old", "cleanup old", "setup new", "cleanup new"] or [
         note for note in deeds.notes(tmp_path) if note] == ["setup old", "setup new", "cleanup old", "cleanup new"]
+
+
+def test_resetup_replaces_a_setup_that_hangs(make: Make, tmp_path: Path) -> None:
+    """What waits for a setup that does not end is done by workers of the next."""
+    with make(1, setup=functools.partial(states.build_or_hang, str(tmp_path))) as executor:
+        executor.resetup(None, None)
+        future = executor.submit(states.look)
+        assert wait_until(lambda: deeds.notes(tmp_path) == ["hangs"])
+        executor.resetup(None, "better")
+        assert future.result(WAIT_S)[0] == "better"
+        assert wait_until(lambda: is_gone(deeds.pids(tmp_path)[0]))
 
 
 def test_resetup_again_and_again(make: Make, tmp_path: Path) -> None:
@@ -430,6 +454,23 @@ def test_cleanup_is_heard_over_a_new_link(tmp_path: Path, shared_agent: AgentPro
         closer.join(WAIT_S)
         assert not closer.is_alive()
     assert "cleaned up" not in caplog.text
+
+
+def test_cleanup_is_asked_for_over_a_new_link(tmp_path: Path, shared_agent: AgentProcess) -> None:
+    """The link is away when the executor is shut down → the node is asked once it is back, and waited for."""
+    with Proxy(shared_agent.address) as proxy:
+        executor = ClusterExecutor(nodes=[proxy.address], secret=shared_agent.secret, node_timeout=60,
+                                   cleanup=functools.partial(states.take_down, str(tmp_path)))
+        executor.submit(deeds.double, 1).result(WAIT_S)
+        proxy.cut()
+        assert wait_until(lambda: executor._root.supply.nodes[0].state.value != "up")
+        closer = threading.Thread(target=executor.shutdown)
+        closer.start()
+        assert wait_until(lambda: executor._root.renewals.cleanups._pending)
+        proxy.heal()
+        closer.join(WAIT_S)
+        assert not closer.is_alive()
+        assert deeds.notes(tmp_path) == ["cleanup None"]
 
 
 def test_next_life_brings_its_own(tmp_path: Path) -> None:

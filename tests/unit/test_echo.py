@@ -13,7 +13,7 @@ from typing import TextIO
 import pytest
 
 from distexec import echo
-from distexec.echo import Echo
+from distexec.echo import Echo, Rate
 
 
 @contextmanager
@@ -95,3 +95,29 @@ def test_a_reader_that_is_gone() -> None:
         out.write(b"x" * (1 << 20))
         out.close()
     assert not any(thread.name == "distexec-echo" for thread in threading.enumerate())
+
+
+def test_a_flood_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than the burst → it is left out, until there is room again for a second of it."""
+    monkeypatch.setattr(echo, "BURST_BYTES", 8000)
+    monkeypatch.setattr(echo, "RATE_BYTES_S", 3000)
+    rate = Rate(100.0)
+    assert [rate.allows(3000, 100.0) for _ in range(3)] == [True, True, False]
+    assert not rate.allows(1, 100.0), "a little is left out too until there is enough"
+    assert rate.allows(1000, 101.0)
+    assert not rate.allows(5000, 101.0)
+    assert rate.allows(8000, 200.0)
+    assert not rate.allows(9000, 1e9)
+
+
+def test_what_was_left_out_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a line of its own, where it is missing."""
+    monkeypatch.setattr(echo, "BURST_BYTES", 10)
+    monkeypatch.setattr(sys, "stdout", box := io.StringIO())
+    out = Echo("stdout")
+    out.write(b"begun")
+    out.write(b"x" * 2000)
+    out.write(b"y" * 345)
+    out.close()
+    assert box.getvalue().startswith("begun\n[distexec: 2,345 bytes are left out here: tasks print more than 4 MiB a second")
+    assert box.getvalue().endswith("]\n")
