@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .arguments import NodeSpec
     from .errors import (
         AuthenticationFailed,
         DistexecError,
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
         TaskTimeout,
         WorkerLost,
     )
-    from .executor import ClusterExecutor, NodeSpec
+    from .executor import ClusterExecutor
     from .future import ClusterFuture, Timing
     from .program import Program
     from .report import ClusterStatus, NodeStatus
@@ -43,7 +44,8 @@ __all__ = [
 ]
 
 _HOMES = {
-    "executor": ("ClusterExecutor", "NodeSpec"),
+    "arguments": ("NodeSpec",),
+    "executor": ("ClusterExecutor",),
     "future": ("ClusterFuture", "Timing"),
     "program": ("Program",),
     "shared": ("Shared",),

@@ -32,20 +32,21 @@ class Counts(NamedTuple):
         return f"{runs}: {self.good:,} succeeded, {self.failed:,} failed"
 
 
-def argument_sets(common: Sequence[str], given: Sequence[str], lines: Iterable[str] = ()) -> Iterator[list[str]]:
-    """Give the arguments of each run: the common ones, then one set's, split as a shell does; without sets one run.
+def argument_sets(common: Sequence[str], given: Sequence[str], lines: Iterable[str] | None = None) -> Iterator[list[str]]:
+    """Give the arguments of each run: the common ones, then one set's, split as a shell does.
 
-    Empty lines, and those that begin with #, are no sets. Raises ValueError for a quote that is not closed.
+    Args:
+        lines: more sets; empty ones, and those that begin with #, are none. None: if none is given either, there is one run.
+
+    Raises ValueError for a quote that is not closed.
     """
-    is_alone = True
-    for text in (*given, *(line for line in lines if line.strip() and not line.lstrip().startswith("#"))):
-        is_alone = False
+    if lines is None and not given:
+        yield list(common)
+    for text in (*given, *(line for line in lines or () if line.strip() and not line.lstrip().startswith("#"))):
         try:
             yield [*common, *shlex.split(text)]
         except ValueError as error:
             raise ValueError(f"argument set {text.strip()!r}: {error}") from None
-    if is_alone and not given:
-        yield list(common)
 
 
 def run_all(executor: ClusterExecutor, program: Program, sets: Iterable[Sequence[str]], files: Sequence[str],

@@ -1,4 +1,4 @@
-"""What a root's calls are made of: functions by number, buffers put by, and room for a limited number of them.
+"""What a root's calls are made of and come to: functions by number, buffers put by, room for so many, outcomes.
 
 Rule: a function that goes by the same bytes has one number for as long as it is known; large buffers are copied once.
 """
@@ -8,9 +8,13 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
+from .errors import PayloadError, TaskKilled, TaskTimeout
+from .ledger import Task
 from .mainmodule import digest_known
-from .messages import MAX_INLINE_BYTES, BlobRef, Buffers, Define
+from .messages import MAX_INLINE_BYTES, BlobRef, Buffers, Define, Outcome, OutcomeKind
+from .payload import CallPacker
 from .shipping import BlobStore
 
 MAX_FUNCTIONS = 4096
@@ -50,18 +54,20 @@ class Code:
             known = self.known.get(key)
             if known is None:
                 return self._add(key, Define(self._session, next(self._numbers), code, buffers))
-        release(self._store, buffers)
+        self._store.release_all(buffers)
         return known
 
     def uses(self, refs: Sequence[BlobRef]) -> bool:
         """Whether some function is made of one of these blobs."""
-        return any(each.buffers and not set(refs).isdisjoint(each.buffers) for each in list(self.known.values()))
+        wanted = set(refs)
+        return any(each.buffers and not wanted.isdisjoint(each.buffers) for each in list(self.known.values()))
 
     def drop(self, refs: Sequence[BlobRef], used: set[int]) -> list[Define]:
         """Forget the functions made of these blobs, except those `used`; their buffers become the caller's."""
+        wanted = set(refs)
         with self._lock:
             keys = [key for key, each in self.known.items()
-                    if each.fn not in used and each.buffers and not set(refs).isdisjoint(each.buffers)]
+                    if each.fn not in used and each.buffers and not wanted.isdisjoint(each.buffers)]
             return [self.known.pop(key) for key in keys]
 
     def _add(self, key: bytes, definition: Define) -> Define:
@@ -70,7 +76,7 @@ class Code:
             gone = self._forget(self.known)
             self._limit = max(MAX_FUNCTIONS, 2 * len(self.known))
             for each in gone:
-                release(self._store, each.buffers)
+                self._store.release_all(each.buffers)
         return definition
 
 
@@ -91,16 +97,9 @@ def put_by(store: BlobStore, data: bytes, views: Sequence[memoryview]) -> tuple[
                 kept.append(bytes(view))
                 inline -= view.nbytes
     except BaseException:  # no memory for one of them: the call fails, and none is kept
-        release(store, kept)
+        store.release_all(kept)
         raise
     return data, tuple(kept)
-
-
-def release(store: BlobStore, buffers: Sequence[bytes | BlobRef]) -> None:
-    """Let go of the buffers that are in the store."""
-    for buffer in buffers:
-        if isinstance(buffer, BlobRef):
-            store.release(buffer)
 
 
 class Room:
@@ -122,3 +121,21 @@ class Room:
         with self._changed:
             self._left += 1
             self._changed.notify()
+
+
+def take_outcome(packer: CallPacker, store: BlobStore, task: Task, outcome: Outcome) -> tuple[Any, BaseException | None]:
+    """Give the value or the error that a task came to; its blobs are let go of, or mapped for as long as the value lives."""
+    if outcome.kind == OutcomeKind.TIMEOUT:
+        limit_s = task.run.options.timeout_s if task.run.options is not None else 0.0
+        return None, TaskTimeout(f"task {task.run.seq} ran longer than its limit of {limit_s:g} s on node "
+                                 f"{task.node!r} and was ended (options(timeout=))")
+    if outcome.kind == OutcomeKind.KILLED:
+        where = f" on node {task.node!r}" if task.node else ""
+        return None, TaskKilled(f"task {task.run.seq} was ended{where} by future.kill()")
+    try:
+        data, buffers = store.take_all(outcome.data, outcome.buffers)
+    except (OSError, MemoryError) as error:
+        failure = PayloadError(f"there is no memory here for the result of task {task.run.seq}: {error}")
+        failure.__cause__ = error
+        return None, failure
+    return packer.unpack_outcome(OutcomeKind(outcome.kind), data, buffers)

@@ -13,7 +13,6 @@ import signal
 import socket
 import sys
 import threading
-import tokenize
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -210,6 +209,8 @@ def _size(option: str, text: str) -> int:
 
 def _init(file: str) -> Init:
     """Read the init file, and see that it is Python."""
+    import tokenize
+
     from .forking import Init
     path = os.path.abspath(file)
     try:
@@ -325,19 +326,20 @@ def _run_program(options: argparse.Namespace) -> int:
     program = Program(options.program, timeout=options.timeout)
     if os.sep in program.path and os.path.isfile(program.path) and not os.access(program.path, os.X_OK):
         raise UsageError(f"{program.path} is not executable; see to it with chmod +x, or name the interpreter that runs it")
-    secret = None if options.secret_file is None else _agent_secret(options.secret_file).text
+    secret = load_secret(None, options.secret_file)
     nodes = None if options.nodes is None else [text.strip() for text in options.nodes.split(",") if text.strip()]
     sets = list(argument_sets(options.arguments, options.args, _lines(options.args_file)))
-    with ClusterExecutor(options.slots, nodes=nodes, secret=secret, retries=options.retries, name="distexec-run") as cluster:
+    with ClusterExecutor(options.slots, nodes=nodes, secret=secret.text if secret is not None else None,
+                         retries=options.retries, name="distexec-run") as cluster:
         counts = run_all(cluster, program, sets, options.file, has_prefix=options.prefix)
     if len(sets) != 1 or counts.failed:
         print(f"distexec run: {counts}", file=sys.stderr)
     return 1 if counts.failed else 0
 
 
-def _lines(file: str | None) -> Sequence[str]:
+def _lines(file: str | None) -> Sequence[str] | None:
     if file is None:
-        return ()
+        return None
     if file == "-":
         return sys.stdin.readlines()
     with open(file) as lines:

@@ -117,6 +117,7 @@ class ClientModules:
         for index, part in enumerate(parts):
             is_last = index == len(parts) - 1
             link.send([Found(self._root.session.no, number, name, packed.is_own, part, packed.problem, is_last)])
+
     # ---- disk thread
 
     def _pack(self, name: str, *, forced: bool = False) -> Packed:

@@ -45,6 +45,7 @@ class Depot:
         self._directory = os.path.join(home, "files")
         self._pins: dict[BlobRef, int] = {}
         self._idle: OrderedDict[BlobRef, None] = OrderedDict()
+        self._idle_bytes = 0
 
     def __repr__(self) -> str:
         return f"<Depot {self.home!r}: {len(self._pins)} in use, {len(self._idle)} idle>"
@@ -64,7 +65,9 @@ class Depot:
     def pin(self, ref: BlobRef) -> None:
         """Keep a file, once it is here, until it is unpinned as often."""
         self._pins[ref] = self._pins.get(ref, 0) + 1
-        self._idle.pop(ref, None)
+        if ref in self._idle:
+            del self._idle[ref]
+            self._idle_bytes -= ref.size_bytes
 
     def unpin(self, ref: BlobRef) -> None:
         """Let go of a file."""
@@ -73,15 +76,15 @@ class Depot:
             return
         del self._pins[ref]
         self._idle[ref] = None
-        if sum(each.size_bytes for each in self._idle) > IDLE_BYTES:
+        self._idle_bytes += ref.size_bytes
+        if self._idle_bytes > IDLE_BYTES:
             self.make_room(IDLE_BYTES // 2)
 
     def make_room(self, keep_bytes: int = 0) -> None:
         """Remove files that nobody needs, the oldest first, until what is left of them has no more than so many bytes."""
-        left = sum(ref.size_bytes for ref in self._idle)
-        while self._idle and left > keep_bytes:
+        while self._idle and self._idle_bytes > keep_bytes:
             ref, _ = self._idle.popitem(last=False)
-            left -= ref.size_bytes
+            self._idle_bytes -= ref.size_bytes
             with suppress(OSError):  # it is gone, or the end of the session removes it
                 os.unlink(self.path(ref))
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-import secrets
 import sys
 import time
 import weakref
@@ -18,13 +17,22 @@ from concurrent.futures import Executor
 from contextlib import ExitStack
 from functools import partial
 from multiprocessing.context import BaseContext
-from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from . import __version__
 from .address import parse_address, resolve
+from .arguments import (
+    NodeSpec,
+    check_callables,
+    check_child_limit,
+    check_env,
+    check_linger,
+    check_numbers,
+    find_credentials,
+    left_behind,
+    local_slots,
+    node_specs,
+)
 from .clientfiles import Depends
-from .cpus import usable_cpus
 from .errors import DistexecError, WorkerLost
 from .future import ClusterFuture
 from .mapping import Submissions, run_chunk
@@ -38,30 +46,17 @@ from .report import ClusterStatus, NodeStatus
 from .root import Root, for_nodes
 from .shared import Shared
 from .supply import LOCAL
-from .taskoptions import Paths, TaskOptions, changed, check_kind
+from .taskoptions import Paths, TaskOptions, changed
 
 if TYPE_CHECKING:
     from .durable import Recovered
-    from .handshake import Credentials
     from .journal import NodeRow
 
-__all__ = ["ClusterExecutor", "NodeSpec"]
+__all__ = ["ClusterExecutor"]
 
 T = TypeVar("T")
 
 _log = logging.getLogger("distexec")
-
-
-class NodeSpec(NamedTuple):
-    """A node to use, and how much of it: `address` as in `nodes=`, `slots` at most (None: all that it offers).
-
-    `depends`: as the executor's, for this node alone, beside those. `setup_args`: what its setup is called with here.
-    """
-
-    address: str
-    slots: int | None = None
-    depends: Depends = ()
-    setup_args: tuple[Any, ...] = ()
 
 
 class Reopening(NamedTuple):
@@ -257,15 +252,13 @@ class ClusterExecutor(_Submitter):
                  depends: Depends = (), setup: Callable[..., object] | None = None,
                  cleanup: Callable[[], object] | None = None, downloads: str | os.PathLike[str] | None = None,
                  capture: bool | None = None) -> None:
-        _check_numbers(max_workers, retries, node_timeout, nodes_timeout, max_pending)
-        _check_linger(durable, linger)
-        _check_child_limit(max_tasks_per_child, mp_context)
-        _check_env(env)
+        check_numbers(max_workers, retries, node_timeout, nodes_timeout, max_pending)
+        check_linger(durable, linger)
+        check_child_limit(max_tasks_per_child, mp_context)
+        check_env(env)
         check_output(echo, capture)
         capture = captures(echo, capture)
-        for what, given in (("initializer", initializer), ("setup", setup), ("cleanup", cleanup)):
-            if given is not None and not callable(given):
-                raise TypeError(f"{what} must be a callable")
+        check_callables(initializer=initializer, setup=setup, cleanup=cleanup)
         with ExitStack() as undo:
             journal, rows = None, []
             if durable is not None:
@@ -276,16 +269,16 @@ class ClusterExecutor(_Submitter):
             if self._reopens is not None and nodes is None and rows:
                 nodes = [NodeSpec(row.address, None if row.address == LOCAL and max_workers is not None else row.slots)
                          for row in rows]
-            specs = _node_specs(nodes)
+            specs = node_specs(nodes)
             self._options = _DEFAULT
             self._name = name or f"{os.path.basename(sys.argv[0]) or 'python'}-{os.getpid()}"
             is_local = any(spec.address == LOCAL for spec in specs)
             remote = [spec for spec in specs if spec.address != LOCAL]
-            credentials = _credentials(secret, self._name, required=bool(remote))
+            credentials = find_credentials(secret, self._name, required=bool(remote))
             targets = [(spec, partial(resolve, parse_address(spec.address))) for spec in remote]
             for _, resolve_now in targets:
                 resolve_now()
-            slots = _local_slots(specs, None if remote else max_workers) if is_local else 0
+            slots = local_slots(specs, None if remote else max_workers) if is_local else 0
             listed = self._name if cluster == "default" else f"{cluster}/{self._name}"
             packer = CallPacker() if self._reopens is None else self._reopens.packer
             plan = PoolPlan(
@@ -316,14 +309,7 @@ class ClusterExecutor(_Submitter):
             root.owner = weakref.ref(self, _dropper(root))
             if root.recorder is not None:
                 root.recorder.use_nodes([(spec.address, spec.slots if spec.address != LOCAL else slots) for spec in specs])
-                left = _left_behind(rows, specs)
-                if left and root.supply.credentials is None:
-                    try:
-                        root.supply.credentials = _credentials(secret, self._name, required=True)
-                    except ValueError as error:
-                        _log.warning("distexec: nodes of the journal are not asked what they hold: %s", error)
-                        left = []
-                targets += left
+                targets += self._left_behind(rows, specs)
             held = {row.address for row in rows if row.may_hold}
             nodes_before = [node for spec, resolve_now in targets for node in [
                 root.supply.add_node(spec.address, resolve_now, spec.slots, may_hold=spec.address in held)]
@@ -334,6 +320,17 @@ class ClusterExecutor(_Submitter):
             undo.pop_all()
         if targets or self._reopens is not None:
             root.start()
+
+    def _left_behind(self, rows: Sequence[NodeRow], specs: Sequence[NodeSpec]) -> list[tuple[NodeSpec, Any]]:
+        """Name the nodes to ask for what they hold of the journal, though they are not used any more."""
+        left, supply = left_behind(rows, specs), self._root.supply
+        if left and supply.credentials is None:
+            try:
+                supply.credentials = find_credentials(self._secret, self._name, required=True)
+            except ValueError as error:
+                _log.warning("distexec: nodes of the journal are not asked what they hold: %s", error)
+                return []
+        return left
 
     @classmethod
     def recover(cls, path: str | os.PathLike[str], **arguments: Any) -> Recovered:
@@ -494,7 +491,7 @@ class ClusterExecutor(_Submitter):
         resolve_now = partial(resolve, parse_address(spec.address))
         resolve_now()
         if self._root.supply.credentials is None:
-            self._root.supply.credentials = _credentials(self._secret, self._name, required=True)
+            self._root.supply.credentials = find_credentials(self._secret, self._name, required=True)
         self._root.files.depend(spec.depends, spec.address)
         if spec.setup_args:
             self._root.renewals.add(spec.address, spec.setup_args)
@@ -554,103 +551,3 @@ class ClusterExecutor(_Submitter):
 def _dropper(root: Root) -> Callable[[object], None]:
     # The weak reference's callback may run anywhere, in any state: it only sets a flag and wakes the I/O thread.
     return lambda _ref: root.drop()
-
-
-# ---- checking what the user wrote
-
-
-def _check_numbers(max_workers: int | None, retries: int, node_timeout: float, nodes_timeout: float | None,
-                   max_pending: int | None) -> None:
-    check_kind("max_workers", max_workers, Integral, may_be_none=True)
-    check_kind("retries", retries, Integral)
-    check_kind("node_timeout", node_timeout, Real)
-    check_kind("nodes_timeout", nodes_timeout, Real, may_be_none=True)
-    check_kind("max_pending", max_pending, Integral, may_be_none=True)
-    if max_workers is not None and max_workers <= 0:
-        raise ValueError("max_workers must be greater than 0")
-    if retries < 0:
-        raise ValueError(f"retries must be 0 or more, not {retries}")
-    if not node_timeout > 0:
-        raise ValueError(f"node_timeout must be a positive number of seconds, not {node_timeout}")
-    if nodes_timeout is not None and not nodes_timeout >= 0:
-        raise ValueError(f"nodes_timeout must be None or 0 or more seconds, not {nodes_timeout}")
-    if max_pending is not None and max_pending < 1:
-        raise ValueError(f"max_pending must be None or at least 1, not {max_pending}")
-
-
-def _check_linger(durable: object, linger: float | None) -> None:
-    check_kind("linger", linger, Real, may_be_none=True)
-    if linger is not None and durable is None:
-        raise ValueError("linger= is for durable sessions: name a journal with durable=")
-    if linger is not None and not 0 <= linger < float("inf"):
-        raise ValueError(f"linger must be 0 or more seconds, not {linger}")
-
-
-def _left_behind(rows: Sequence[NodeRow], specs: Sequence[NodeSpec]) -> list[tuple[NodeSpec, Any]]:
-    """Name nodes that are not used any more but may hold calls of the journal: these are fetched, they get no others."""
-    named = {spec.address for spec in specs} | {LOCAL}
-    left = []
-    for row in rows:
-        if row.may_hold and row.address not in named:
-            try:
-                resolve_now = partial(resolve, parse_address(row.address))
-                resolve_now()
-                left.append((NodeSpec(row.address, 0), resolve_now))
-            except ValueError as error:
-                _log.warning("distexec: node %s of the journal is not asked what it holds: %s", row.address, error)
-    return left
-
-
-def _check_env(env: Mapping[str, str] | None) -> None:
-    if env is None:
-        return
-    if not isinstance(env, Mapping) or not all(isinstance(each, str) for pair in env.items() for each in pair):
-        raise TypeError(f"env must map names of variables to strings, not {env!r}")
-
-
-def _check_child_limit(max_tasks_per_child: int | None, mp_context: BaseContext | None) -> None:
-    if mp_context is not None and not hasattr(mp_context, "get_start_method"):
-        raise TypeError(f"mp_context must be what multiprocessing.get_context() returns, not {mp_context!r}")
-    if max_tasks_per_child is None:
-        return
-    if not isinstance(max_tasks_per_child, int):
-        raise TypeError("max_tasks_per_child must be an integer")
-    if max_tasks_per_child <= 0:
-        raise ValueError("max_tasks_per_child must be >= 1")
-    if mp_context is not None and mp_context.get_start_method(allow_none=False) == "fork":
-        raise ValueError("max_tasks_per_child is incompatible with the 'fork' multiprocessing start method; supply a "
-                         "different mp_context.")
-
-
-def _node_specs(nodes: str | Sequence[str | NodeSpec] | None) -> list[NodeSpec]:
-    if nodes is None:
-        nodes = os.environ.get("DISTEXEC_NODES") or LOCAL
-    if isinstance(nodes, str):
-        nodes = [part.strip() for part in nodes.split(",") if part.strip()]
-    specs = [node if isinstance(node, NodeSpec) else NodeSpec(node) for node in nodes]
-    if not specs:
-        raise ValueError('nodes names no node; leave it out, or name "local" or addresses')
-    for spec in specs:
-        if not isinstance(spec.address, str):
-            raise TypeError(f"a node is named by a string or NodeSpec, not {spec.address!r}")
-        if spec.slots is not None and spec.slots < 0:
-            raise ValueError(f"slots of node {spec.address!r} must be 0 or more, not {spec.slots}")
-    return list({spec.address: spec for spec in specs}.values())  # one that is named twice is meant once
-
-
-def _local_slots(specs: list[NodeSpec], max_workers: int | None) -> int:
-    wanted = next((spec.slots for spec in specs if spec.address == LOCAL), None)
-    return wanted if wanted is not None else max_workers if max_workers is not None else usable_cpus()
-
-
-def _credentials(secret: str | bytes | None, name: str, *, required: bool) -> Credentials | None:
-    if not required:
-        return None
-    from .handshake import Credentials
-    from .secretfile import load_secret, secret_path
-    found = load_secret(secret)
-    if found is None:
-        raise ValueError("a remote node needs the secret of its cluster: pass secret=, set $DISTEXEC_SECRET, or put it into "
-                         f"{secret_path()} (`distexec secret new` makes one; it must be the same on every machine)")
-    python = f"{sys.version_info.major}.{sys.version_info.minor}"
-    return Credentials(found, name, secrets.token_bytes(16), python, __version__)

@@ -12,9 +12,8 @@ from __future__ import annotations
 import os
 import sys
 from functools import wraps
-from importlib.abc import Loader, MetaPathFinder
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from msgspec import msgpack
 
@@ -75,8 +74,8 @@ def forward(worker: Worker, levels: dict[str, int]) -> None:
         sys.meta_path.insert(0, _Watch(worker, levels))
 
 
-class _Watch(MetaPathFinder):
-    """Waits for `logging` to be imported."""
+class _Watch:
+    """Waits for `logging` to be imported. (No `MetaPathFinder` by name: to import that takes as long as a template does.)"""
 
     def __init__(self, worker: Worker, levels: dict[str, int]) -> None:
         self._worker, self._levels = worker, levels
@@ -91,12 +90,14 @@ class _Watch(MetaPathFinder):
             spec = finder.find_spec(name, path, target)
             if spec is not None:
                 if spec.loader is not None:
-                    spec.loader = _HookingLoader(spec.loader, self._worker, self._levels)
+                    spec.loader = cast("Any", _HookingLoader(spec.loader, self._worker, self._levels))
                 return spec
         return None
 
 
-class _HookingLoader(Loader):
+class _HookingLoader:
+    """Loads `logging`, and then sees to its records."""
+
     def __init__(self, loader: Any, worker: Worker, levels: dict[str, int]) -> None:
         self._loader, self._worker, self._levels = loader, worker, levels
 

@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .blobcache import BlobCache, share_of_memory
-from .calls import release
 from .control import answer
 from .dispatcher import Dispatcher
 from .filetransfers import FileTraffic
@@ -395,7 +394,7 @@ class Agent:
     def _on_kin(self, news: list[News]) -> None:
         for each in news:
             if isinstance(each, Spent):
-                release(self.store, each.buffers)
+                self.store.release_all(each.buffers)
 
     def fetch_answer(self, uplink: Uplink, answer: Answer) -> None:
         """Fetch the blobs of a nested call's result, and only then hear of it: a lost link's are said again."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 from typing import Any, Protocol
 
-from .calls import Code, release
+from .calls import Code
 from .dispatcher import Dispatcher
 from .kin import Called, News, Spent, ancestors_of
 from .ledger import Session, Task
@@ -69,9 +69,9 @@ class NestedCalls:
             if isinstance(each, Called):
                 self._make(each.parent, each.submit)
             elif isinstance(each, Spent):
-                release(home.store, each.buffers)
+                home.store.release_all(each.buffers)
             else:
-                release(home.store, each.task.run.buffers)
+                home.store.release_all(each.task.run.buffers)
                 home.done[each.task.node] = home.done.get(each.task.node, 0) + 1
         home.settled()
 
@@ -82,13 +82,13 @@ class NestedCalls:
             for ref in refs:
                 home.store.share(ref)  # local workers map it
         except OSError as error:
-            release(home.store, refs)
+            home.store.release_all(refs)
             reason = f"there is no memory at the client for what it was given: {error}"
             home.dispatcher.call(home.scheduler.refuse_nested, parent, submit, Evidence("", reason=reason))
             return
         definition = home.code.take_over(submit.key, submit.function, submit.function_buffers)
         if not home.dispatcher.call(self._take_in, parent, submit, self._task(parent, submit, definition), definition):
-            release(home.store, submit.buffers)
+            home.store.release_all(submit.buffers)
 
     def _task(self, parent: Task, submit: Submit, definition: Define) -> Task:
         home = self._home

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from .messages import BlobRef, OutcomeKind, Partial, partial_bytes
+from .messages import OutcomeKind, Partial, partial_bytes
 
 if TYPE_CHECKING:
     from .ledger import Session
@@ -207,9 +207,7 @@ def hear(home: Home, peer: Any, partial: Partial) -> None:
         find = getattr(task.owner, "partial_log", None)  # nested calls have no future here
         log = find() if find is not None else None
     if log is None or not log.expects(partial.attempt, partial.number):
-        for buffer in partial.buffers:
-            if isinstance(buffer, BlobRef):
-                home.store.release(buffer)
+        home.store.release_all(partial.buffers)
         return
     value, error = _unpack(home, partial)
     if error is None:
@@ -220,16 +218,8 @@ def hear(home: Home, peer: Any, partial: Partial) -> None:
 
 
 def _unpack(home: Home, partial: Partial) -> tuple[Any, BaseException | None]:
-    buffers: list[Any] = []
     try:
-        for buffer in partial.buffers:
-            buffers.append(home.store.take(buffer) if isinstance(buffer, BlobRef) else buffer)
+        data, buffers = home.store.take_all(partial.data, partial.buffers)
     except (OSError, MemoryError) as error:
-        for buffer in partial.buffers[len(buffers):]:
-            if isinstance(buffer, BlobRef):
-                home.store.release(buffer)
         return None, error
-    data: Any = partial.data
-    if not data and buffers:
-        data = buffers.pop(0)
     return home.packer.unpack_outcome(OutcomeKind.VALUE, data, buffers)

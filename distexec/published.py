@@ -14,9 +14,9 @@ from contextlib import suppress
 from typing import Any
 
 from .ledger import Session
-from .messages import Ack, BlobRef, Heard, Partial, Resume, partial_bytes
-from .pool import Worker
+from .messages import Ack, Heard, Partial, Resume, partial_bytes
 from .shipping import BlobStore
+from .workerport import Worker
 
 __all__ = ["Published"]
 
@@ -130,9 +130,7 @@ class Published:
 
     def _drop(self, kept: _Kept) -> None:
         kept.tell()
-        for buffer in kept.partial.buffers:
-            if isinstance(buffer, BlobRef):
-                self._store.release(buffer)
+        self._store.release_all(kept.partial.buffers)
 
     def _all(self) -> Iterator[_Kept]:
         for attempts in self._kept.values():

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from msgspec import structs
 
-from .calls import put_by, release
+from .calls import put_by
 from .messages import MAX_INLINE_BYTES, BlobRef, Cleaned, CleanUp, OutcomeKind, SessionSpec
 from .nodes import Node, NodeState
 from .printout import LOCAL
@@ -191,7 +191,7 @@ class Renewals:
         assert self._ground is not None, "the caller looked"
         data, buffers = put_by(self._root.store, *self._ground.pack(args))
         older, self._refs[address] = self._refs.get(address, []), [ref for ref in buffers if isinstance(ref, BlobRef)]
-        release(self._root.store, older)
+        self._root.store.release_all(older)
         return structs.replace(spec, setup=data, setup_buffers=buffers, has_cleanup=self._ground.cleanup is not None,
                                generation=self._generation)
 

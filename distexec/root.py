@@ -23,16 +23,15 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec import structs
 
-from .calls import Code, Room, put_by, release
+from .calls import Code, Room, put_by, take_outcome
 from .clientfiles import ClientFiles
 from .clientmodules import ClientModules
 from .dispatcher import Dispatcher
-from .errors import DistexecError, NoNodes, PayloadError, TaskKilled, TaskTimeout, WorkerLost, raisable, say_where
+from .errors import DistexecError, NoNodes, TaskKilled, WorkerLost, raisable, say_where
 from .future import ClusterFuture
 from .ledger import Task
 from .messages import (
     MAX_INLINE_BYTES,
-    BlobRef,
     Buffers,
     Define,
     Lost,
@@ -516,7 +515,7 @@ class Root:
                 if message.kind == 0 and not message.buffers:
                     value, error = unpack(_VALUE, message.data, ())
                 else:
-                    value, error = self._unpack(task, message)
+                    value, error = take_outcome(self.packer, self.store, task, message)
                     if error is not None and task.node != LOCAL:
                         say_where(error, task.node)
                         self.modules.explain(error, task.node)
@@ -547,28 +546,6 @@ class Root:
             if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
                 raise  # the user's own; elsewhere a callback has raised it
             _log.exception("distexec: a callback of %r wanted to end the thread", task.owner)
-
-    def _unpack(self, task: Task, message: Outcome) -> tuple[Any, BaseException | None]:
-        if message.kind == OutcomeKind.TIMEOUT:
-            limit_s = task.run.options.timeout_s if task.run.options is not None else 0.0
-            return None, TaskTimeout(f"task {task.run.seq} ran longer than its limit of {limit_s:g} s on node "
-                                     f"{task.node!r} and was ended (options(timeout=))")
-        if message.kind == OutcomeKind.KILLED:
-            where = f" on node {task.node!r}" if task.node else ""
-            return None, TaskKilled(f"task {task.run.seq} was ended{where} by future.kill()")
-        buffers: list[Any] = []
-        try:
-            for buffer in message.buffers:
-                buffers.append(self.store.take(buffer) if isinstance(buffer, BlobRef) else buffer)
-        except (OSError, MemoryError) as error:
-            release(self.store, message.buffers[len(buffers):])
-            failure = PayloadError(f"there is no memory here for the result of task {task.run.seq}: {error}")
-            failure.__cause__ = error
-            return None, failure
-        data: Any = message.data
-        if not data and buffers:
-            data = buffers.pop(0)
-        return self.packer.unpack_outcome(OutcomeKind(message.kind), data, buffers)
 
     def fail_queued(self, text: str) -> None:
         """End with `NoNodes(text)` what waits for a slot."""

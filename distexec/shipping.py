@@ -16,9 +16,9 @@ import os
 import threading
 from bisect import insort
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from distexec.memory import COPY_BYTES, advise, map_memory, map_segment, new_memory, shared_file, whole_pages, write_at
 from distexec.messages import BlobRef
@@ -317,6 +317,26 @@ class BlobStore:
                 return received.view.toreadonly()
             blob = self._blobs[ref.digest]
             return blob.arena.view()[blob.offset:blob.offset + ref.size_bytes].toreadonly()
+
+    def release_all(self, buffers: Sequence[bytes | BlobRef]) -> None:
+        """Let go of those buffers that are blobs."""
+        for buffer in buffers:
+            if isinstance(buffer, BlobRef):
+                self.release(buffer)
+
+    def take_all(self, data: bytes, buffers: Sequence[bytes | BlobRef]) -> tuple[Any, list[Any]]:
+        """Return a pickle and its buffers as they are to be loaded; empty `data` stands for the first buffer.
+
+        As `take`, but if OSError or MemoryError is raised no reference is held any more.
+        """
+        taken: list[Any] = []
+        try:
+            for buffer in buffers:
+                taken.append(self.take(buffer) if isinstance(buffer, BlobRef) else buffer)
+        except (OSError, MemoryError):
+            self.release_all(buffers[len(taken):])
+            raise
+        return (taken.pop(0) if not data and taken else data), taken
 
     def take(self, ref: BlobRef) -> memoryview:
         """Return the bytes, writable and the caller's for as long as it likes, for the caller's reference.

@@ -41,12 +41,13 @@ if TYPE_CHECKING:
     from .handshake import Credentials
     from .ledger import Session
     from .payload import CallPacker
-    from .pool import Pool, Worker
+    from .pool import Pool
     from .renewal import Renewals
     from .scheduler import Scheduler
     from .shipping import BlobStore
     from .transport import Loop
     from .values import Values
+    from .workerport import Worker
 
 STARVED_S = 5.0
 """How long work may wait without a slot anywhere before the user is told why."""

@@ -43,7 +43,7 @@ from .messages import (
 from .nodefiles import NodeFiles
 from .nodemodules import NodeModules
 from .outgoing import Outgoing
-from .pool import CLEANUP_S, Pool, Worker
+from .pool import CLEANUP_S, Pool
 from .published import Published
 from .scheduler import Scheduler
 from .shipping import BlobStore
@@ -52,6 +52,7 @@ from .starters import Terms, local_spec
 from .transfers import Transfers
 from .transport import Link, Loop
 from .upkeep import REFETCH_S, ROOM_S, Upkeep
+from .workerport import Worker
 
 _log = logging.getLogger("distexec")
 

@@ -16,7 +16,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .blobcache import BlobCache, share_of_memory
-from .calls import Code, release
+from .calls import Code
 from .messages import BlobRef, Buffers, Message, Partial, Unshare, partial_bytes
 from .partials import hear
 from .shared import Shared, Shares
@@ -26,9 +26,10 @@ if TYPE_CHECKING:
     from .dispatcher import Dispatcher
     from .ledger import Session
     from .payload import CallPacker
-    from .pool import Pool, Worker
+    from .pool import Pool
     from .scheduler import Scheduler
     from .transport import Link, Loop
+    from .workerport import Worker
 
 __all__ = ["Values"]
 
@@ -143,7 +144,7 @@ class Values:
         if gone:
             root.dispatcher.call(lambda now: root.scheduler.undefine(root.session, [each.fn for each in gone]))
         for each in gone:
-            release(root.store, each.buffers)
+            root.store.release_all(each.buffers)
 
     def count_kept(self, ref: BlobRef) -> int:
         """Count the references to a blob that are held for workers of this machine."""

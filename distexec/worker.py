@@ -552,6 +552,7 @@ def _log_failure() -> None:
 
 
 def redirect(outputs: tuple[int, int]) -> None:
+    """Have this process, C code included, print to these files, line by line."""
     for fd, number in zip(outputs, (1, 2), strict=True):
         os.dup2(fd, number)
     for stream in (sys.stdout, sys.stderr):

@@ -11,9 +11,10 @@ from typing import Any
 
 from distexec.messages import BlobRef, Cleaned, Define, Evidence, Outcome, Run, SessionSpec
 from distexec.payload import CallPacker
-from distexec.pool import Pool, Worker
+from distexec.pool import Pool
 from distexec.shipping import BlobStore
 from distexec.transport import Loop
+from distexec.workerport import Worker
 from tests import leaks
 
 ROOT = str(Path(__file__).parents[2])

@@ -17,8 +17,7 @@ from unittest import mock
 
 import pytest
 
-from distexec import AuthenticationFailed, ClusterExecutor, IncompatibleNode, NoNodes, PayloadError, RemoteError
-from distexec.executor import NodeSpec
+from distexec import AuthenticationFailed, ClusterExecutor, IncompatibleNode, NodeSpec, NoNodes, PayloadError, RemoteError
 from tests.agents import AgentProcess
 from tests.leaks import wait_until
 from tests.system import deeds

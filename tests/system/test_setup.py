@@ -17,8 +17,7 @@ import numpy
 import psutil
 import pytest
 
-from distexec import ClusterExecutor, InitializerFailed, WorkerLost
-from distexec.executor import NodeSpec
+from distexec import ClusterExecutor, InitializerFailed, NodeSpec, WorkerLost
 from tests.agents import ROOT, AgentProcess
 from tests.leaks import wait_until
 from tests.system import deeds, states

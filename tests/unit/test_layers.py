@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -26,9 +27,11 @@ LAYERS = {
     "downloads": 4,
     "transport": 2, "secretfile": 2, "shipping": 2, "transfers": 2, "memory": 2, "discovery": 2, "stats": 2,
     "lastwords": 2, "capture": 3, "outbox": 3, "resultfiles": 3, "worker": 3, "template": 3, "starters": 3, "pool": 3,
+    "workerport": 3,
     "dispatcher": 3, "future": 3, "mapping": 3,
     "task": 3, "program": 3, "batchrun": 4, "partials": 3, "shared": 3, "blobcache": 2, "values": 4, "published": 4,
-    "executor": 4, "root": 4, "supply": 4, "nodes": 4, "nodeagent": 4, "tenancy": 4, "hub": 4, "survey": 4, "spool": 2,
+    "arguments": 4, "executor": 4, "root": 4, "supply": 4, "nodes": 4, "nodeagent": 4, "tenancy": 4, "hub": 4, "survey": 4,
+    "spool": 2,
     "printed": 1, "logrecords": 3, "printout": 4, "outgoing": 4, "logbook": 4,
     "echo": 2, "cli": 5, "__init__": 5, "__main__": 5,
 }
@@ -106,3 +109,14 @@ def test_nothing_sleeps(module: str) -> None:
     tree = ast.parse((PACKAGE / f"{module}.py").read_text())
     sleeps = [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr == "sleep"]
     assert not sleeps
+
+
+def test_the_page_has_the_same_table() -> None:
+    """ARCHITECTURE.md names every module, once, in its layer."""
+    page = (PACKAGE.parent / "ARCHITECTURE.md").read_text()
+    named: dict[str, int] = {}
+    for row in re.findall(r"^\| (\d) \| (.*) \|$", page, re.MULTILINE):
+        for module in re.findall(r"`(\w+)`", row[1]):
+            assert module not in named, f"{module} is named twice"
+            named[module] = int(row[0])
+    assert named == {module: LAYERS[module] for module in MODULES if not module.startswith("__")}

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import socket
 import threading
+from collections.abc import Iterator
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distexec.messages import BlobRef, Outcome, OutcomeKind, Segment
-from distexec.outbox import FDS_PER_FRAME, QUICK_NS, Outbox, RunTimes
+from distexec.messages import BlobRef, Outcome, OutcomeKind, Segment, ToWorker
+from distexec.outbox import FDS_PER_FRAME, MAX_SKIPPED, QUICK_NS, SPIN_NS, BlockingLink, Outbox, RunTimes
 
 
 class FakeLink:
@@ -107,3 +110,69 @@ def test_joined_flusher_leaves_no_thread_and_can_start_again() -> None:
         outbox.flusher.join()
         assert len(os.listdir("/proc/self/task")) == before
     assert not outbox.flusher.is_armed
+
+
+# ---- looking for the next frame before sleeping
+
+
+class Looks:
+    """A link whose looks are counted, with a clock that goes on with each."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.ours, theirs = socket.socketpair()
+        self.link = BlockingLink(theirs, ToWorker)
+        self.count = 0
+        self._poll = self.link._poll
+        self.link._poll = self._look  # type: ignore[method-assign,assignment]
+        monkeypatch.setattr("distexec.outbox.monotonic_ns", lambda: self.count * SPIN_NS // 4)
+
+    def _look(self, timeout: int) -> list[Any]:
+        self.count += 1
+        return self._poll(timeout)
+
+    def looks_of(self, frames: int = 1) -> list[int]:
+        """How often it looked after each of so many lone frames."""
+        counts = []
+        for _ in range(frames):
+            before = self.count
+            self.link.look_ahead()
+            counts.append(self.count - before)
+        return counts
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Looks]:
+    """The link, closed afterwards."""
+    found = Looks(monkeypatch)
+    yield found
+    found.link.close()
+    found.ours.close()
+
+
+def test_looks_until_something_is_there(looks: Looks) -> None:
+    """What is there already is seen at the first look, each time."""
+    looks.ours.send(b"x")
+    assert looks.looks_of(3) == [1, 1, 1]
+
+
+def test_looks_for_a_moment_and_then_more_and_more_seldom(looks: Looks) -> None:
+    """In vain it looks for the whole moment, then after every 2nd frame, 4th, and so on; no more seldom than it says."""
+    vain = looks.looks_of(10)
+    assert [index for index, count in enumerate(vain) if count] == [0, 2, 6]
+    assert vain[0] > 3
+    looks.looks_of(1000)
+    assert sum(map(bool, looks.looks_of(10 * (MAX_SKIPPED + 1)))) == 10
+
+
+def test_looks_always_once_it_was_worth_it(looks: Looks) -> None:
+    """The first look that is not in vain brings it back."""
+    looks.looks_of(100)
+    looks.ours.send(b"x")
+    assert [count for count in looks.looks_of(MAX_SKIPPED + 2) if count][:1] == [1]
+    assert all(looks.looks_of(5))
+
+
+def test_a_closed_link_is_something(looks: Looks) -> None:
+    """That the pool went is noticed at once."""
+    looks.ours.shutdown(socket.SHUT_RDWR)
+    assert looks.looks_of() == [1]

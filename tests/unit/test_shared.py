@@ -12,7 +12,7 @@ import pytest
 
 from distexec import mainmodule, shared
 from distexec.blobcache import BlobCache
-from distexec.calls import put_by, release
+from distexec.calls import put_by
 from distexec.messages import BlobRef
 from distexec.payload import CallPacker, CallUnpacker
 from distexec.shared import Shares
@@ -87,7 +87,7 @@ def test_a_call_takes_the_blob_by_its_name(home: Home, monkeypatch: pytest.Monke
     (value,), number = CallUnpacker().load_call(data, [bytearray(home.store.view(ref)) for ref in buffers])[0]
     assert (value.sum(), number) == (MIB, 2)
     for _, buffers in calls:
-        release(home.store, buffers)
+        home.store.release_all(buffers)
     handle.free()
     home.run()
 
@@ -98,7 +98,7 @@ def test_another_store_copies(home: Home) -> None:
     with home.shares.share(numpy.ones(2 * MIB, "u1")) as handle:
         _, buffers = pack(other, handle)
         assert [other.store.has(ref) for ref in buffers] == [True]
-        release(other.store, buffers)
+        other.store.release_all(buffers)
     home.run()
     other.store.close()
 
@@ -147,7 +147,7 @@ def test_shared_again_while_it_fades(home: Home) -> None:
     handle.free()
     home.run(2)
     again = home.shares.share(value)
-    release(home.store, buffers)
+    home.store.release_all(buffers)
     home.run()
     assert home.unshared == []
     again.free()

@@ -65,3 +65,14 @@ def test_tree_ends_whole() -> None:
         assert tree.stdout.read() == b""  # nobody is left who could write to it
         assert bystander.poll() is None
         bystander.kill()
+
+
+def test_imports_little() -> None:
+    """Every session waits for the template's imports before its first result."""
+    heavy = {"asyncio", "cloudpickle", "concurrent.futures", "ctypes", "hashlib", "importlib.abc", "inspect", "logging",
+             "pathlib", "psutil", "random", "shutil", "ssl", "tempfile"}
+    code = ("import sys; sys.modules['typing_extensions'] = None; import distexec.template; "
+            f"print(*sorted({heavy!r} & set(sys.modules)))")
+    found = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, check=True,
+                           env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}).stdout
+    assert found.split() == []

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 
 from distexec.memory import shared_file
-from distexec.worker import PAGE_BYTES, WorkerPage
+from distexec.messages import Undefine
+from distexec.payload import CallUnpacker
+from distexec.worker import PAGE_BYTES, Worker, WorkerPage
 
 
 @pytest.fixture
@@ -92,3 +95,31 @@ def test_what_was_heard_adds_up(pages: tuple[WorkerPage, WorkerPage]) -> None:
     pool.hear(5)
     pool.hear(7)
     assert worker.heard_bytes == 12
+
+
+class _Frames:
+    """A link that gives frames of so many messages, then says that the pool went; notes when the worker looked ahead."""
+
+    def __init__(self, sizes: list[int]) -> None:
+        self.sizes = sizes
+        self.looked: list[int] = []
+        self.received = 0
+
+    def receive(self) -> list[Undefine]:
+        """Give the next frame."""
+        if self.received == len(self.sizes):
+            raise EOFError
+        self.received += 1
+        return [Undefine(1, [])] * self.sizes[self.received - 1]
+
+    def look_ahead(self) -> None:
+        """Note after which frame that was."""
+        self.looked.append(self.received)
+
+
+def test_looks_ahead_after_a_lone_message(pages: tuple[WorkerPage, WorkerPage]) -> None:
+    """Who calls, waits and calls again sends them one by one; under load nobody spins."""
+    link: Any = _Frames([1, 5, 1, 1, 2])
+    with pytest.raises(EOFError):
+        Worker(link, pages[1], CallUnpacker(), ()).run()
+    assert link.looked == [1, 3, 4]
