@@ -154,11 +154,11 @@ class Root:
         with self._start_lock:
             if self._is_started or self._is_closing:
                 return
+            self.loop.start()  # first: it fails where no more threads can be had, and then nothing shall be left
+            self.loop.idle_hooks += [self._look_for_drop, self.store.reap, self.values.reap]
             if self._make_pool is not None:
                 self.spec = structs.replace(self.spec, home=self.files.open())
                 self.supply.pool = self.dispatcher.staff[self.session] = self._make_pool(self)
-            self.loop.idle_hooks += [self._look_for_drop, self.store.reap, self.values.reap]
-            self.loop.start()
             self.dispatcher.start()
             self.supply.start()
             if self.recorder is not None:
