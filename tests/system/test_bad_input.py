@@ -192,7 +192,7 @@ def test_another_python(shared_agent: AgentProcess) -> None:
     """When every node runs another Python minor version, work fails at once and both versions are named."""
     import distexec.executor
 
-    real = distexec.executor._credentials
+    real = distexec.executor.find_credentials
 
     def other(*args: Any, **kwargs: Any) -> Any:
         import dataclasses
@@ -200,7 +200,7 @@ def test_another_python(shared_agent: AgentProcess) -> None:
         return dataclasses.replace(real(*args, **kwargs), python="3.7")  # type: ignore[type-var]
 
     ours = f"{sys.version_info.major}.{sys.version_info.minor}"
-    with mock.patch.object(distexec.executor, "_credentials", other), \
+    with mock.patch.object(distexec.executor, "find_credentials", other), \
             ClusterExecutor(nodes=[shared_agent.address], secret=shared_agent.secret) as executor, \
             pytest.raises(IncompatibleNode, match=f"Python {ours}.*3.7") as caught:
         executor.submit(deeds.double, 1).result(WAIT_S)
